@@ -1,0 +1,942 @@
+#!/usr/bin/env python3
+"""Relay alarm webhooks from Cisco vManage (Catalyst SD-WAN Manager) to a Webex room.
+
+    vManage --POST, Basic auth--> Handler --> Spool (SQLite, fsync) --> 200
+                                                |
+                                             Courier --urllib, Bearer--> Webex POST /v1/messages
+
+An alarm that was answered with 200 is on disk and reaches the room: at least once, oldest first,
+whatever is killed, slow, down or misconfigured in between. vManage never waits for Webex.
+One file, standard library only, Python 3.9 or newer, to be read from top to bottom.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import email.message
+import email.utils
+import hashlib
+import hmac
+import html
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+import urllib.request
+import zoneinfo
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone, tzinfo
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("alarmrelay")
+
+# === Limits =======================================================================================
+
+MESSAGE_BYTES = 7439  # of UTF-8 in `markdown` or `text`; Webex API, "Create a Message"
+PLAIN_TEXT_BYTES = 1000  # of the plain form, so that size cannot be what Webex refuses
+DELAYED_MS = 5 * 60_000  # an alarm relayed later than this says so: it is old news
+BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
+LINE_BYTES, BLOCK_BYTES = 2**16, 2**16  # of a line; of a body read at a time
+DRAIN_BLOCKS = 1024  # of a refused body are read and thrown away, so that the answer is seen
+CLIENT_S = 75.0  # for a client's next byte; an idle connection lives that long
+DUPLICATE_MS = 10 * 60_000  # the same bytes to the same path within this time are a sender's retry
+WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
+RETENTION_STEP, RETENTION_S = 500, 60.0  # old alarms deleted at a time, seconds between two looks
+REQUEST_S = 60.0  # one request to Webex, from the name lookup to the answer's last byte
+ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
+RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
+PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
+HOLD_S = 60.0  # between attempts while the token, the room or the message is refused
+STOP_S = 10.0  # for the requests and the send in flight when the relay is stopped
+
+# === Errors =======================================================================================
+
+
+class RelayError(Exception):
+    """What ends the program: its text says what, why and what to do."""
+
+    def __init__(self, text: str, exit_status: int = 74) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status  # sysexits.h: 74 I/O, 75 already running, 78 settings
+
+
+class Refused(RelayError):
+    """A request that is answered with this status and, as {"error": …}, this text."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.status, self.headers = status, headers
+
+
+# === Settings =====================================================================================
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return address and port of `0.0.0.0:5001` or `[::]:5001`; raise ValueError."""
+    host, _, port = text.rpartition(":")
+    if int(port) > 65535:
+        raise ValueError(text)
+    return str(ipaddress.ip_address(host.strip("[]"))), int(port)
+
+
+WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
+URL = r"https://[^\s@?#]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/[!-~]*)?"
+
+# name: default ("" where required), form, type, what is expected. The README has the same table.
+SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
+    "bearer_token": ("", WORD, str, "the Webex bot's token, in one word"),
+    "room_id": ("", WORD, str, "the id of a Webex room, in one word"),
+    "webhook_username": ("", f"(?!.*:){LINE}", str, "a name for vManage, without a colon"),
+    "webhook_password": ("", LINE, str, "a password for vManage, in one line"),
+    "listen": ("0.0.0.0:5001", r"([0-9.]+|\[.+\]):[0-9]{1,5}", parse_listen, "address:port"),
+    "time_zone": ("Europe/Madrid", WORD, zoneinfo.ZoneInfo, "an IANA name, as Europe/Madrid"),
+    "webex_url": ("https://webexapis.com/v1", URL, str, "https, or http to a loopback address"),
+    "retention_days": ("30", "[1-9][0-9]{0,4}", int, "a number of days from 1 to 99999"),
+}
+
+
+def read_setting(name: str, environ: Mapping[str, str], problems: list[str]) -> Any:
+    """Return one setting, checked, or add a line for the operator to the problems.
+
+    A file in $CREDENTIALS_DIRECTORY wins over the variable (systemd.exec(5), "Credentials").
+    """
+    default, form, parse, expected = SETTINGS[name]
+    text, credentials = environ.get(name, ""), environ.get("CREDENTIALS_DIRECTORY")
+    try:
+        if credentials and Path(credentials, name).exists():
+            text = Path(credentials, name).read_text(encoding="utf-8")
+        text = text.strip() or default
+        if re.fullmatch(form, text):
+            return parse(text)
+    except (OSError, KeyError, ValueError):  # ZoneInfo raises each of them
+        if name == "time_zone" and not zoneinfo.available_timezones():
+            expected = "a time zone database, which this host lacks: install the package tzdata"
+    is_secret = name in ("bearer_token", "webhook_password") or "@" in text
+    found = f"found {'something that is not shown' if is_secret else repr(text[:99])}"
+    missing = f"it is missing: export {name}=..."
+    problems.append(f"{name}: expected {expected}, {found if text else missing}")
+    return None
+
+
+def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
+    """Return settings by name; raise RelayError with a line for each that is wrong."""
+    problems: list[str] = []
+    settings = {name: read_setting(name, environ, problems) for name in names}
+    if problems:
+        raise RelayError("\n".join(problems), exit_status=78)
+    return settings
+
+
+# === Message ======================================================================================
+# Pure functions. An alarm is the JSON object that vManage posts, and none of its fields is certain:
+#   {"rule_name_display": "Interface_State_Change", "message": "The interface oper-state changed …",
+#    "severity": "Critical", "active": true, "receive_time": 1579323421121, "uuid": "226bd188-…",
+#    "values_short_display": [{"host-name": "DC1-VEDGE1", "system-ip": "10.1.0.1"}], …}
+
+Alarm = dict[str, Any]
+
+MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}  # vManage's own colours
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+# What ends a line, turns its direction or has no UTF-8: control characters, separators, bidi
+# controls, lone surrogates. Then what Webex takes for markup; inside a word an underscore is not.
+BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MARKUP = re.compile(r"[\\`*\[\]~<>&]|(?<!\w)_+|_+(?!\w)")
+ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+ATOMS = re.compile(r"(?:\\.|&\w+;|[^\\&])*")  # escaped text that does not end in the middle of one
+
+# Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm.
+DECODER = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 400 else n, strict=False)
+
+
+def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
+    """Return a request's alarms, each with the JSON text to keep; raise Refused.
+
+    A wrong byte becomes U+FFFD: a garbled name in the room is better than no alarm.
+    """
+    if not body.strip():
+        raise Refused(400, "the body is empty, expected an alarm as JSON")
+    try:
+        text = body.decode(json.detect_encoding(body), "replace").lstrip("\ufeff")
+        content = DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is no JSON that can be read: {error}") from error
+    alarms = content if isinstance(content, list) else [content]
+    if not alarms or not all(isinstance(alarm, dict) for alarm in alarms):
+        raise Refused(400, "expected an alarm, a JSON object, or an array of them")
+    return [(json.dumps(alarm) if alarms is content else text, alarm) for alarm in alarms]
+
+
+def show(value: object) -> str:
+    """Return a string, or anything else as JSON, so that Webex shows it as it is.
+
+    It cannot mention, link, format or break the line.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = BREAKING.sub(" ", text[:MESSAGE_BYTES])  # the rest would be cut off anyway
+    return MARKUP.sub(lambda m: ENTITIES.get(m[0]) or re.sub("(.)", r"\\\1", m[0]), text)
+
+
+def alarm_name(alarm: Alarm) -> str:
+    """Return the rule's name as people know it."""
+    for key in ("rule_name_display", "rulename", "type", "eventname"):
+        name = alarm.get(key)
+        # Correlated alarms carry the literal eventname "rulename".
+        if isinstance(name, str) and name.strip() and (key, name) != ("eventname", "rulename"):
+            return name
+    return "unknown alarm"
+
+
+def alarm_time(alarm: Alarm, received_ms: int, zone: tzinfo) -> str:
+    """Return when vManage saw it as `Sat Jan 18 05:57:01 2020 CET`, in any locale of the host."""
+    for epoch_ms in (alarm.get("receive_time"), alarm.get("entry_time"), received_ms):
+        if isinstance(epoch_ms, (int, float)) and not isinstance(epoch_ms, bool):
+            # Not a number, or outside the years 1 to 9999, is as good as missing.
+            with contextlib.suppress(OverflowError, ValueError):
+                moment = (EPOCH + timedelta(milliseconds=epoch_ms)).astimezone(zone)
+                return f"{moment.ctime()} {moment.tzname()}"
+    return "unknown"
+
+
+def alarm_values(alarm: Alarm) -> list[tuple[str, object]]:
+    """Return every key and value of values_short_display, else of values, else of devices."""
+    for key in ("values_short_display", "values", "devices"):
+        entries = alarm.get(key)
+        entries = entries if isinstance(entries, list) else [entries]
+        pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+        if pairs:
+            return pairs
+    return []
+
+
+def fit(lines: Sequence[str], last: Sequence[str]) -> str:
+    """Return the lines, and `last` in any case, as one message of at most MESSAGE_BYTES.
+
+    One that is too long ends between two lines; only the first line may end in its middle.
+    """
+    whole = "<br>".join([*lines, *last])
+    if len(whole.encode()) <= MESSAGE_BYTES:
+        return whole
+    end = "".join(f"<br>{line}" for line in last)
+    left = MESSAGE_BYTES - len(f"{end}<br>… ({len(lines)} more lines)".encode())
+    sizes = itertools.accumulate(len(f"<br>{line}".encode()) for line in lines)
+    kept = sum(1 for _ in itertools.takewhile(lambda size: size <= left, sizes))
+    text = "<br>".join(lines[:kept])
+    if not kept:
+        kept, text = 1, lines[0].encode()[:left].decode(errors="ignore")
+        text = "".join(ATOMS.findall(text)[:1])
+    return f"{text}{end}<br>… ({len(lines) - kept} more lines)"
+
+
+def format_message(alarm: Alarm, received_ms: int, now_ms: int, zone: tzinfo) -> str:
+    """Return the Webex markdown of an alarm that came in at received_ms (epoch milliseconds)."""
+    severity, text = (show(alarm.get(key, "unknown")) for key in ("severity", "message"))
+    mark = f"{MARKS.get(severity, '⚪')} {severity}"
+    lines = [
+        f"Team, **Alarm Event** : {show(alarm_name(alarm))}, **Message** : {text}, "
+        "is received from vManage and here are the complete details",
+        f"**Severity:** {f'✅ cleared ({severity})' if alarm.get('active') is False else mark}",
+        f"**Receive Time:** {alarm_time(alarm, received_ms, zone)}",
+    ]
+    lines += [f" **{show(key.strip())}:** {show(value)}" for key, value in alarm_values(alarm)]
+    minutes = (now_ms - received_ms) // 60_000
+    age = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
+    late = [f"**Delayed:** relayed {age} after it came in"]
+    return fit(lines, late if now_ms - received_ms > DELAYED_MS else [])
+
+
+def plain_text(markdown: str) -> str:
+    """Return a message as ASCII without markup, for a Webex that refuses its markdown."""
+    text = re.sub(r"\\(.)|\*\*", r"\1", re.sub(r"<br> ?", "\n", markdown))
+    return html.unescape(text).encode("ascii", "replace")[:PLAIN_TEXT_BYTES].decode()
+
+
+# === Spool ========================================================================================
+# Only this class touches the database. Every method is one transaction under one lock, and none
+# calls out while holding it. What a method has returned from is on disk.
+
+# id: the order of arrival. room: the path posted to. request: hash of all that was posted with it.
+# body: the alarm's JSON. delivered_ms: NULL while it waits. message_id: Webex's. Times: epoch ms.
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS alarm (
+        id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
+        request BLOB NOT NULL, body TEXT NOT NULL, delivered_ms INTEGER, message_id TEXT);
+    CREATE INDEX IF NOT EXISTS waiting ON alarm (room, id) WHERE delivered_ms IS NULL;
+    CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL;
+"""
+INSERT = "INSERT INTO alarm (id, room, received_ms, request, body) VALUES (?, ?, ?, ?, ?)"
+COUNT_WAITING = "SELECT count(*) FROM alarm WHERE delivered_ms IS NULL"
+NEWEST_REQUESTS = "SELECT request, received_ms FROM alarm ORDER BY id DESC"
+OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm
+    WHERE room = ? AND delivered_ms IS NULL ORDER BY id LIMIT 1"""
+SET_DELIVERED = "UPDATE alarm SET delivered_ms = ?, message_id = ? WHERE id = ?"
+DELETE_DELIVERED = """DELETE FROM alarm WHERE id IN
+    (SELECT id FROM alarm WHERE delivered_ms < ? LIMIT ?)"""
+
+
+@dataclass
+class Posted:
+    """The alarms of one request on their way to the disk."""
+
+    room: str
+    request: bytes
+    received_ms: int
+    bodies: Sequence[str]
+    ids: range | None = None  # once they are there; empty if the request is a duplicate
+
+
+class Spool:
+    """The alarms on disk: those that wait, and those delivered in the last retention_days."""
+
+    def __init__(self, directory: Path) -> None:
+        self._lock = threading.Lock()  # guards the connection and all below
+        self._posted: collections.deque[Posted] = collections.deque()
+        self.error: Refused | None = None  # what broke it
+        self.delivered = 0  # since the start
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path, connect = directory / "alarmrelay.db", sqlite3.connect
+            self._db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one
+            # fsync for each commit, NORMAL would be none (sqlite.org/pragma.html).
+            for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._db.executescript(f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT;")
+            ((self._last_id,),) = self._db.execute("SELECT ifnull(max(id), 0) FROM alarm")
+            ((self.waiting,),) = self._db.execute(COUNT_WAITING)
+            # A relay that was killed between its commit and its answer meets the sender's retry.
+            oldest_ms = int(time.time() * 1000) - DUPLICATE_MS
+            newest = self._db.execute(NEWEST_REQUESTS)
+            recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
+            self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
+        except (OSError, sqlite3.Error) as error:
+            if "locked" in str(error):
+                raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
+            raise RelayError(f"no spool can be opened in {directory}: {error}") from error
+
+    def check(self) -> None:
+        """Raise Refused unless an alarm can be stored now."""
+        if self.error:
+            raise self.error
+        if self.waiting >= WAITING_ALARMS:
+            text = f"{self.waiting} alarms wait for Webex, and no more are kept"
+            raise Refused(503, text, **{"Retry-After": "30"})
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        if self.error:
+            raise self.error
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            # For good: after a failed fsync the kernel may have dropped the pages, and the next one
+            # says that all is well. Only a new process that reads the file knows what it holds.
+            self.error = Refused(503, f"the spool cannot be read or written: {error}")
+            raise self.error from error
+
+    def store(self, posted: Posted) -> range:
+        """Put a request's alarms on disk and return their ids, none if it is a duplicate.
+
+        Requests that come while another's commit is under way share the next: whoever gets the lock
+        first commits for all. Raise Refused, and nothing is acknowledged.
+        """
+        self.check()
+        # Before the lock: whoever finds itself without ids under the lock is still in the queue.
+        self._posted.append(posted)
+        with self._lock:
+            if posted.ids is None:
+                self._store([self._posted.popleft() for _ in range(len(self._posted))])
+            if self.error:
+                raise self.error
+        return posted.ids or range(0)
+
+    def _store(self, batch: Sequence[Posted]) -> None:
+        rows = []
+        for posted in batch:
+            now_ms, recent = posted.received_ms, self._recent
+            # Oldest first; by abs(), or a clock that was set back would keep them for long.
+            while recent and abs(now_ms - next(iter(recent.values()))) > DUPLICATE_MS:
+                del recent[next(iter(recent))]
+            bodies = () if posted.request in recent else posted.bodies
+            posted.ids = range(self._last_id + 1, self._last_id + 1 + len(bodies))
+            for self._last_id, body in zip(posted.ids, bodies):
+                rows.append((self._last_id, posted.room, now_ms, posted.request, body))
+            recent.setdefault(posted.request, now_ms)
+        with self._transaction() as db:
+            db.executemany(INSERT, rows)
+        self.waiting += len(rows)
+
+    def oldest_waiting(self, room: str) -> Sequence[Any] | None:
+        """Return id, received_ms and body of the oldest alarm that waits for the room."""
+        with self._lock, self._transaction() as db:
+            rows = db.execute(OLDEST_WAITING, (room,)).fetchall()
+        return rows[0] if rows else None
+
+    def set_delivered(self, spool_id: int, message_id: str, delivered_ms: int) -> None:
+        """Record that an alarm stands in the room, in the Webex message with this id."""
+        with self._lock, self._transaction() as db:
+            db.execute(SET_DELIVERED, (delivered_ms, message_id, spool_id))
+            self.waiting -= 1
+            self.delivered += 1
+
+    def delete_delivered(self, before_ms: int) -> int:
+        """Delete at most RETENTION_STEP alarms delivered before then; return how many."""
+        with self._lock, self._transaction() as db:
+            return db.execute(DELETE_DELIVERED, (before_ms, RETENTION_STEP)).rowcount
+
+    def close(self) -> None:
+        """Close the file; what is posted from now on is refused."""
+        with self._lock:
+            self.error = self.error or Refused(503, "the relay is stopping")
+            self._db.close()
+
+
+# === Webex ========================================================================================
+
+
+class Answer(NamedTuple):
+    """What came back from Webex: an HTTP status, or 0 with the reason why there was none."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str] = {}
+    body: bytes = b""
+
+
+class Verdict(NamedTuple):
+    """What an answer means for a message: "delivered", or why not yet and when to try again.
+
+    "refused": a 400, the message itself. "held": the operator must mend the token or the room.
+    "paused": Webex limits us. "failed": Webex, or the way to it, is broken.
+    """
+
+    kind: str
+    wait_s: float
+    reason: str  # for people, with what to do; the message's id if it is delivered
+    tracking_id: str = ""  # Cisco's support asks for it
+
+
+ADVICE = {
+    400: "check room_id; `alarmrelay.py preview` shows the message",
+    401: "replace bearer_token and restart",
+    403: "the bot must be a member of the room and allowed to post in it",
+    404: "check room_id, and that the bot is a member of the room",
+}
+
+
+def parse_retry_after(text: str, now: datetime) -> float:
+    """Return the seconds that a Retry-After field asks for (RFC 9110, 10.2.3), within bounds."""
+    wait_s = PAUSE_S
+    with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+        if re.fullmatch("-?[0-9]+", text):
+            wait_s = float(text)  # unlike int(), takes any number of digits
+        else:
+            moment = email.utils.parsedate_to_datetime(text)
+            wait_s = (moment.replace(tzinfo=moment.tzinfo or timezone.utc) - now).total_seconds()
+    return min(max(wait_s, PAUSE_MIN_S), PAUSE_MAX_S)
+
+
+def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
+    """Decide what an answer means for the message, after so many failures in a row before it."""
+    status, content = answer.status, None
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(answer.body)
+    content = content if isinstance(content, dict) else {}
+    if status == 200 and content.get("id") and isinstance(content["id"], str):
+        return Verdict("delivered", 0.0, content["id"])
+    said, advice = content.get("message"), ADVICE.get(status)
+    if 200 <= status < 400:  # a redirect is never followed
+        said, advice = "no message id in it", "check webex_url; does a proxy answer for Webex?"
+    reason = f"{status} {answer.reason}" if status else answer.reason
+    reason += (f": {said}"[:300] if said else "") + (f"; {advice}" if advice else "")
+    tracking_id = str(content.get("trackingId") or answer.headers.get("trackingId", ""))[:100]
+    if status in (423, 429):
+        wait_s = parse_retry_after(answer.headers.get("Retry-After", "").strip(), now)
+        return Verdict("paused", wait_s, reason, tracking_id)
+    if 400 <= status < 500:
+        return Verdict("refused" if status == 400 else "held", HOLD_S, reason, tracking_id)
+    wait_s = min(RETRY_S * 2 ** min(failures, 30), RETRY_MAX_S)
+    return Verdict("failed", wait_s, reason, tracking_id)
+
+
+class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """The Webex API for one courier; urllib connects through it, so that it can cut that off."""
+
+    def __init__(self, url: str, bearer_token: str, timeout_s: float = REQUEST_S) -> None:
+        super().__init__()
+        self._tls = ssl.create_default_context()
+        self._url, self._timeout_s = url.rstrip("/"), timeout_s
+        self._headers = {
+            "Authorization": f"Bearer {bearer_token}",
+            "Content-Type": "application/json",
+            "User-Agent": "alarmrelay",
+        }
+        self._connection: http.client.HTTPConnection | None = None
+
+    def post_message(self, message: Mapping[str, str]) -> Answer:
+        """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S.
+
+        Source: developer.webex.com, "Create a Message". In a thread, which is left behind when it
+        is late: urllib can bound neither a name lookup nor a server that drips a byte a minute.
+        """
+        pool = concurrent.futures.ThreadPoolExecutor(1, "webex")
+        try:
+            return pool.submit(self._post, json.dumps(message).encode()).result(self._timeout_s)
+        except concurrent.futures.TimeoutError:
+            reason = f"no answer from Webex within {self._timeout_s:g} s"
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = f"no answer from Webex: {getattr(error, 'reason', error)!r}"
+        finally:
+            pool.shutdown(wait=False)
+        if self._connection and self._connection.sock:
+            with contextlib.suppress(OSError):  # not SSLSocket's own, which unsettles its reader
+                socket.socket.shutdown(self._connection.sock, socket.SHUT_RDWR)
+        return Answer(0, reason)
+
+    def _post(self, payload: bytes) -> Answer:
+        request = urllib.request.Request(f"{self._url}/messages", payload, self._headers)
+        # As https_proxy and no_proxy say; http only ever goes to a loopback address. No handler
+        # follows redirects: urllib's would send the token to the other host, by GET.
+        proxies = {k: v for k, v in urllib.request.getproxies().items() if k == "https"}
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(urllib.request.ProxyHandler(proxies))
+        opener.add_handler(self)
+        with opener.open(request, timeout=self._timeout_s) as response:
+            content = response.read(ANSWER_BYTES)
+            return Answer(response.status, response.reason, response.headers, content)
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connect, req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connect, req, context=self._tls)
+
+    def _connect(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if "context" in options else http.client.HTTPConnection
+        self._connection = kind(host, **options)
+        return self._connection
+
+
+# === Courier ======================================================================================
+
+
+@dataclass
+class Courier:
+    """Takes the alarms of one room from the spool to Webex, in a thread of its own."""
+
+    room: str  # its path
+    room_id: str
+    zone: tzinfo
+    spool: Spool
+    webex: Webex
+    changed: Callable[[], object] = lambda: None  # called when there is news for the status line
+    clock: Callable[[], float] = time.time
+    trouble: str = ""  # what is in the way of delivery
+    failures: int = 0  # in a row
+    plain_id: int = 0  # the alarm whose markdown Webex has refused
+    arrived: threading.Event = field(default_factory=threading.Event)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def step(self) -> float | None:
+        """Make one attempt to deliver the oldest alarm.
+
+        Return the seconds to wait before the next, None for as long as no alarm arrives.
+        """
+        self.arrived.clear()  # before the look into the spool, or an arrival in between is missed
+        alarm = self.spool.oldest_waiting(self.room)
+        if alarm is None:
+            return None
+        spool_id, received_ms, body = alarm
+        now_s = self.clock()
+        message = format_message(DECODER.decode(body), received_ms, int(now_s * 1000), self.zone)
+        is_plain = spool_id == self.plain_id
+        form = {"text": plain_text(message)} if is_plain else {"markdown": message}
+        answer = self.webex.post_message({"roomId": self.room_id, **form})
+        verdict = judge(answer, self.failures, datetime.fromtimestamp(now_s, timezone.utc))
+        self.failures = self.failures + 1 if verdict.kind == "failed" else 0
+        if verdict.kind == "delivered":
+            now_s, self.trouble = self.clock(), ""
+            self.spool.set_delivered(spool_id, verdict.reason, int(now_s * 1000))
+            age_s = now_s - received_ms / 1000
+            log.info("alarm %d delivered: message=%s after %.1f s", spool_id, verdict.reason, age_s)
+        elif verdict.kind == "refused" and not is_plain:
+            log.warning("alarm %d goes again as plain text: %s", spool_id, verdict.reason)
+            self.plain_id = spool_id
+            return 0.0
+        elif verdict.kind in ("refused", "held"):
+            self.plain_id = 0
+        wait_s = verdict.wait_s
+        if verdict.kind == "failed":
+            wait_s *= secrets.SystemRandom().uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+        if verdict.kind != "delivered":
+            trouble, self.trouble = self.trouble, f"delivery {verdict.kind}: {verdict.reason}"
+            # What the operator has to mend is said once; of what passes, every attempt is news.
+            passes = verdict.kind in ("paused", "failed")
+            if passes or trouble != self.trouble:
+                words = f"{self.trouble} (trackingId {verdict.tracking_id or 'none'})"
+                words = f"alarm {spool_id}: {words}; tried again in {wait_s:.0f} s"
+                log.log(
+                    logging.WARNING if passes else logging.ERROR, "room %s, %s", self.room, words
+                )
+        self.changed()
+        return wait_s
+
+    def run(self) -> None:
+        """Deliver until stopped, or until the spool breaks, which ends the process."""
+        while not self.stopping.is_set() and not self.spool.error:
+            try:
+                wait_s = self.step()
+            except Exception:  # the one broad except: whatever it is, the alarm must wait
+                log.exception("room %s: an error in alarmrelay itself, tried again", self.room)
+                wait_s = HOLD_S
+            if wait_s is not None:
+                self.stopping.wait(wait_s)
+            elif not self.stopping.is_set():  # stop() sets it before arrived, which step() clears
+                self.arrived.wait()
+
+    def wake(self) -> None:
+        self.arrived.set()
+        self.changed()
+
+
+# === HTTP =========================================================================================
+# http.server reads the header. What is allowed of it is decided here: RFC 9112, and whatever leaves
+# in doubt where a request ends is refused.
+
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n")
+
+
+def body_length(version: str, fields: email.message.Message) -> int | None:
+    """Return the bytes of a body, None if it comes in chunks; raise Refused (RFC 9112, 6.3)."""
+    # Programs differ in which of two they believe, which is how requests are smuggled.
+    for name in ("Authorization", "Content-Length", "Transfer-Encoding"):
+        if len(fields.get_all(name, [])) > 1:
+            raise Refused(400, f"{name} stands there twice", Connection="close")
+    length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
+    if fields.defects or version == "HTTP/0.9":
+        raise Refused(400, "the header is not lines of `name: value`", Connection="close")
+    if coding is not None and coding.lower() != "chunked":
+        raise Refused(501, "the only Transfer-Encoding known is chunked", Connection="close")
+    if coding is not None and (length is not None or version == "HTTP/1.0"):
+        raise Refused(400, "Transfer-Encoding with a length or HTTP/1.0", Connection="close")
+    if not re.fullmatch("[0-9]{1,18}", length or "0"):
+        raise Refused(400, "Content-Length is no number", Connection="close")
+    return None if coding else int(length or 0)
+
+
+def read_body(stream: io.BufferedIOBase, length: int | None) -> Iterator[bytes]:
+    """Yield a body in blocks; raise Refused, or ConnectionError if the client leaves."""
+    while True:
+        size = length
+        if size is None:
+            match = CHUNK_LINE.fullmatch(stream.readline(LINE_BYTES))
+            if not match:
+                raise Refused(400, "a chunk does not begin with its size", Connection="close")
+            size = int(match[1], 16)
+        for left in range(size, 0, -BLOCK_BYTES):
+            block = stream.read(min(left, BLOCK_BYTES))
+            if len(block) < min(left, BLOCK_BYTES):
+                raise ConnectionError("the client left in the middle of a body")
+            yield block
+        if length is None and stream.read(2) != b"\r\n":
+            raise Refused(400, "a chunk is not as long as its size says", Connection="close")
+        if length is not None or size == 0:
+            return
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers the requests of one connection, one after the other."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    timeout = CLIENT_S
+
+    def handle_one_request(self) -> None:
+        """Answer one request; the connection closes unless it is certain where the next begins."""
+        self.close_connection = True
+        body: Iterator[bytes] = iter(())
+        try:
+            self.raw_requestline = self.rfile.readline(LINE_BYTES)
+        except OSError:  # idle for too long, or gone
+            return
+        self.server.owed.add(self)
+        try:
+            if not self.raw_requestline or not self.parse_request():
+                return
+            body = read_body(self.rfile, body_length(self.request_version, self.headers))
+            self.answer(200, self.respond(body))
+        except Refused as refusal:
+            log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
+            self.close_connection |= "Connection" in refusal.headers
+            self.answer(refusal.status, {"error": str(refusal)}, refusal.headers)
+            # Read the rest, so that it is certain where the next request begins; and a client that
+            # sends all before it reads gets the answer: closing on unread bytes is a reset.
+            is_last, self.close_connection = self.close_connection, True
+            with contextlib.suppress(OSError, Refused):
+                blocks = sum(1 for _ in itertools.islice(body, DRAIN_BLOCKS))
+                self.close_connection = is_last or blocks == DRAIN_BLOCKS
+        finally:
+            self.server.owed.discard(self)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        # http.server's own refusal of a header; its answer would echo what was sent.
+        reason = http.client.responses[code]
+        raise Refused(400, f"the header cannot be read ({reason})", Connection="close")
+
+    def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
+        """Do what the request asks and return the answer; raise Refused or SpoolError."""
+        path = self.path.partition("?")[0]
+        allowed = "GET" if path == "/healthz" else "POST"
+        if path != "/healthz":
+            self.authorise()
+        if path not in ("/healthz", *self.server.couriers):
+            raise Refused(404, "no room has this path: alarms are posted to /")
+        if self.command != allowed:
+            raise Refused(405, f"only {allowed} is answered here", Allow=allowed)
+        if path == "/healthz":
+            self.server.spool.check()
+            return {"status": "ok"}
+        length = self.headers.get("Content-Length")
+        if length is None and "Transfer-Encoding" not in self.headers:
+            raise Refused(411, "the relay is reached, but the request has no length and no alarm")
+        content = bytearray()
+        for block in itertools.chain([b""], body):
+            content += block
+            if max(len(content), int(length or 0)) > BODY_BYTES:
+                raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
+        return self.take(self.server.couriers[path], bytes(content))
+
+    def authorise(self) -> None:
+        """Raise Refused unless the request has the credentials (RFC 7617, section 2)."""
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        given = b""
+        with contextlib.suppress(ValueError):
+            given = base64.b64decode(token.strip(), validate=True)
+        # Hashes, since compare_digest() tells how long the things are that it compares.
+        hashes = [hashlib.sha256(text).digest() for text in (given, self.server.credentials)]
+        if not hmac.compare_digest(*hashes) or scheme.lower() != "basic":
+            challenge = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
+            raise Refused(401, "wrong credentials" if scheme else "no credentials", **challenge)
+
+    def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
+        """Store a request's alarms; what this returns may be answered with 200."""
+        alarms = parse_alarms(content)
+        request = hashlib.blake2b(courier.room.encode() + b"\n" + content, digest_size=16).digest()
+        posted = Posted(
+            courier.room, request, int(time.time() * 1000), [text for text, _ in alarms]
+        )
+        ids = self.server.spool.store(posted)
+        courier.wake()
+        sender = self.client_address[0]
+        for spool_id, (_, alarm) in zip(ids, alarms):
+            rule, uuid = alarm_name(alarm)[:99], str(alarm.get("uuid"))[:99]
+            words = f"room={courier.room} rule={rule!r} uuid={uuid!r} sender={sender}"
+            log.info("alarm %d taken: %s", spool_id, words)
+        if not ids:
+            log.info("%s sent again what was taken before: not stored twice", sender)
+        return {"status": "accepted" if ids else "duplicate"}
+
+    def answer(
+        self, status: int, content: Mapping[str, str], headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send header and body at once: apart, they would wait for each other's acknowledgement."""
+        body = json.dumps(content).encode()
+        fields = {
+            "Date": self.date_time_string(),
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close" if self.close_connection else "keep-alive",
+            **(headers or {}),
+        }
+        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+        self.wfile.write(head.encode() + (b"" if self.command == "HEAD" else body))
+
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Accepts connections, a thread for each, and knows which of them are owed an answer."""
+
+    daemon_threads = True  # an idle client must not keep the process from ending
+    request_queue_size = 1024  # connections that the kernel keeps for the accept loop
+
+    def __init__(
+        self, settings: Mapping[str, Any], spool: Spool, couriers: Sequence[Courier]
+    ) -> None:
+        self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
+        self.spool = spool
+        self.couriers = {courier.room: courier for courier in couriers}
+        self.owed: set[Handler] = set()
+        host, port = settings["listen"]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what ended a connection: in a line if the client or the network did."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            log.info("%s is gone before it had an answer: %s", client_address[0], error)
+        else:
+            log.exception("%s met an error in alarmrelay itself", client_address[0])
+
+    def finish(self, deadline: float) -> None:
+        """Stop listening and wait for the answers that are owed, until this monotonic time."""
+        self.shutdown()
+        self.server_close()
+        while self.owed and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+# === systemd ======================================================================================
+
+
+class LineFormatter(logging.Formatter):
+    """Writes one line an event, with control characters escaped: none can forge another line."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        stderr = os.fstat(2)
+        self._is_journal = environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+        super().__init__(
+            "%(message)s" if self._is_journal else "%(asctime)s %(levelname)s %(message)s"
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, with its priority for the journal (sd-daemon(3))."""
+        line = BREAKING.sub(
+            lambda m: m[0].encode("unicode_escape").decode(), super().format(record)
+        )
+        priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+        return f"<{priority}>{line}" if self._is_journal else line
+
+
+def notify(environ: Mapping[str, str], *lines: str) -> None:
+    """Tell systemd, where there is one, `READY=1`, `STATUS=…` or `STOPPING=1` (sd_notify(3))."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+        try:
+            # "@" stands for the abstract namespace, unix(7).
+            connection.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
+        except OSError as error:
+            log.warning("systemd cannot be told %s: %s", lines[0], error)
+
+
+# === Commands =====================================================================================
+
+
+def preview(path: str, environ: Mapping[str, str]) -> None:
+    """Print the message for each alarm in a file, or in standard input for "-"; send nothing."""
+    zone, now_ms = read_settings(environ, ["time_zone"])["time_zone"], int(time.time() * 1000)
+    try:
+        body = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        alarms = parse_alarms(body)
+    except (OSError, Refused) as error:
+        raise RelayError(f"{path}: {error}", exit_status=1) from error
+    for _, alarm in alarms:
+        sys.stdout.buffer.write(format_message(alarm, now_ms, now_ms, zone).encode() + b"\n")
+
+
+def serve(environ: Mapping[str, str]) -> None:
+    """Relay alarms until SIGTERM or SIGINT; raise RelayError if that is not possible."""
+    settings = read_settings(environ)
+    os.umask(0o077)
+    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    state = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd joins several with colons
+    spool = Spool(Path(state or os.path.join(home, "alarmrelay")))
+    news = threading.Event()  # something may be to tell or to do
+    webex = Webex(settings["webex_url"], settings["bearer_token"])
+    zone, room_id = settings["time_zone"], settings["room_id"]
+    courier = Courier("/", room_id, zone, spool, webex, news.set)
+    server = Server(settings, spool, [courier])
+
+    def stop(*_: object) -> None:
+        courier.stopping.set()
+        news.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    delivery = threading.Thread(target=courier.run, name="courier", daemon=True)
+    delivery.start()
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+
+    said = ""
+    while not courier.stopping.is_set() and not spool.error:
+        words = f"listening on {settings['listen'][0]} port {server.server_port}; "
+        words += f"{spool.waiting} waiting, {spool.delivered} delivered"
+        words += f"; {courier.trouble}" if courier.trouble else ""
+        if words != said:
+            notify(environ, *([] if said else ["READY=1"]), f"STATUS={words}")
+        said = words
+        oldest_ms = int(time.time() * 1000) - settings["retention_days"] * 86_400_000
+        if spool.delete_delivered(oldest_ms) < RETENTION_STEP:
+            news.wait(RETENTION_S)
+        news.clear()
+
+    notify(environ, "STOPPING=1")
+    deadline = time.monotonic() + STOP_S
+    server.finish(deadline)
+    courier.arrived.set()
+    delivery.join(max(0.0, deadline - time.monotonic()))
+    if spool.error:
+        raise spool.error
+    spool.close()
+
+
+def main() -> int:
+    """Run the command that the arguments name; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="alarmrelay.py",
+        description="Relay alarms from Cisco vManage to a Webex room, as the environment says.",
+    )
+    parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    command = commands.add_parser("preview", help="print the message for an alarm, send nothing")
+    command.add_argument("file", nargs="?", default="-", help="JSON; - or none: standard input")
+    arguments = parser.parse_args()
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(os.environ))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        if arguments.command == "preview":
+            preview(arguments.file, os.environ)
+        else:
+            serve(os.environ)
+    except RelayError as error:
+        for line in str(error).splitlines():
+            log.error("%s", line)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    STATUS = main()
+    # At once: threads may still wait for idle clients, and Python would abort on their output.
+    sys.stdout.flush()
+    os._exit(STATUS)
