@@ -181,12 +181,13 @@ def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
     try:
         text = body.decode(json.detect_encoding(body), "replace").lstrip("\ufeff")
         content = DECODER.decode(text)
+        alarms = content if isinstance(content, list) else [content]
+        texts = [json.dumps(alarm) for alarm in alarms] if alarms is content else [text]
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON that can be read: {error}") from error
-    alarms = content if isinstance(content, list) else [content]
     if not alarms or not all(isinstance(alarm, dict) for alarm in alarms):
         raise Refused(400, "expected an alarm, a JSON object, or an array of them")
-    return [(json.dumps(alarm) if alarms is content else text, alarm) for alarm in alarms]
+    return list(zip(texts, alarms))
 
 
 def show(value: object) -> str:
@@ -194,7 +195,10 @@ def show(value: object) -> str:
 
     It cannot mention, link, format or break the line.
     """
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "(nested too deeply to be shown)"
     text = BREAKING.sub(" ", text[:MESSAGE_BYTES])  # the rest would be cut off anyway
     return MARKUP.sub(lambda m: ENTITIES.get(m[0]) or re.sub("(.)", r"\\\1", m[0]), text)
 

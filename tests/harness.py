@@ -1,0 +1,145 @@
+"""Runs the real program as a child process, and posts to it as vManage would."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import webex_standin
+
+PROGRAM = Path(__file__).resolve().parent.parent / "alarmrelay.py"
+PAYLOADS = Path(__file__).resolve().parent / "payloads"
+NUMBERS = itertools.count()
+USERNAME, PASSWORD = "vmanage", "correct horse: battery"
+
+
+def basic(username: str = USERNAME, password: str = PASSWORD) -> str:
+    return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[str, str]:
+    """Return an environment with all settings; None in the changes takes a variable out."""
+    settings: dict[str, str | None] = {
+        "PATH": os.environ.get("PATH", ""),
+        "bearer_token": webex_standin.TOKEN,
+        "room_id": webex_standin.ROOM,
+        "webhook_username": USERNAME,
+        "webhook_password": PASSWORD,
+        "listen": "127.0.0.1:0",
+        "webex_url": webex_url,
+        "STATE_DIRECTORY": str(directory / "state"),
+        **changes,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+class Relay:
+    """The program, running; use as a context manager, which stops it and looks at its log."""
+
+    def __init__(self, directory: Path, webex_url: str, **changes: str | None) -> None:
+        self.environ = environment(directory, webex_url, **changes)
+        self.log_path = directory / "relay.log"
+        self.words: queue.Queue[str] = queue.Queue()  # that systemd was told, not looked at yet
+        self.said: list[str] = []  # those looked at
+        self.command = [sys.executable, "-X", "dev", str(PROGRAM)]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def __enter__(self) -> Relay:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process and self.process.poll() is None:
+            if exception[0]:
+                self.kill()
+                print(self.log())
+            else:
+                assert self.stop() == 0, self.log()
+        if not exception[0]:
+            assert "Traceback" not in self.log()
+            assert "Warning" not in self.log()
+
+    def start(self, *prefix: str) -> Relay:
+        """Start it, behind a command such as strace if one is given, and wait until it is ready."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listener.bind(f"\0alarmrelay-test-{os.getpid()}-{next(NUMBERS)}")
+        listener.settimeout(30)
+        address = "@" + listener.getsockname()[1:].decode()
+        command = [*prefix, *self.command]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env={**self.environ, "NOTIFY_SOCKET": address}, stderr=log
+            )
+        threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
+        ready = self.told("READY=1")
+        self.port = int(re.search(r" port (\d+);", ready)[1])
+        return self
+
+    def _listen(self, listener: socket.socket) -> None:
+        with listener:
+            while self.process.poll() is None:
+                with contextlib.suppress(TimeoutError, socket.timeout):
+                    listener.settimeout(0.2)
+                    self.words.put(listener.recv(4096).decode())
+
+    def told(self, part: str, timeout_s: float = 30) -> str:
+        """Wait until systemd is told something that holds this part, and return it."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(queue.Empty):
+                words = self.words.get(timeout=0.2)
+                self.said.append(words)
+                if part in words:
+                    return words
+        raise AssertionError(f"systemd was not told {part!r} but {self.said}; log:\n{self.log()}")
+
+    def log(self) -> str:
+        """Return what it wrote to stderr, in all its lives."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """Stop it as systemd does, and return its exit status."""
+        self.terminate()
+        return self.process.wait(timeout_s)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def post(
+        self,
+        body: Any,
+        path: str = "/",
+        connection: http.client.HTTPConnection | None = None,
+        **headers: str,
+    ) -> tuple[int, Any]:
+        """Post an alarm, or bytes as they are; return the status and the answer's JSON."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        client = connection or self.connect()
+        try:
+            client.request("POST", path, content, {"Authorization": basic(), **headers})
+            response = client.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            if connection is None:
+                client.close()

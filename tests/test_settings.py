@@ -1,0 +1,194 @@
+"""Settings: read, checked, and complained about all at once, before anything listens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alarmrelay import SETTINGS, RelayError, read_settings
+from harness import PROGRAM, environment
+
+GOOD = {
+    "bearer_token": "NjM0-token_of.a~bot",
+    "room_id": "Y2lzY29zcGFyazovL3VzL1JPT00",
+    "webhook_username": "cleur",
+    "webhook_password": "cleur",
+}
+
+
+def problems(**changes: str) -> list[str]:
+    with pytest.raises(RelayError) as caught:
+        read_settings({**GOOD, **changes})
+    assert caught.value.exit_status == 78
+    return str(caught.value).splitlines()
+
+
+def run(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "dev", str(PROGRAM), *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30)
+
+
+def test_the_defaults_are_those_of_the_design():
+    settings = read_settings(GOOD)
+    assert settings["listen"] == ("0.0.0.0", 5001)
+    assert str(settings["time_zone"]) == "Europe/Madrid"
+    assert settings["webex_url"] == "https://webexapis.com/v1"
+    assert settings["retention_days"] == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("listen", "127.0.0.1:8080", ("127.0.0.1", 8080)),
+        ("listen", "[::]:5001", ("::", 5001)),
+        ("listen", "[fe80::1]:65535", ("fe80::1", 65535)),
+        ("webex_url", "https://api-usgov.webex.com/v1", "https://api-usgov.webex.com/v1"),
+        ("webex_url", "http://127.0.0.1:8080/v1", "http://127.0.0.1:8080/v1"),
+        ("webex_url", "http://[::1]/v1", "http://[::1]/v1"),
+        ("webex_url", "http://localhost", "http://localhost"),
+        ("retention_days", "1", 1),
+        ("webhook_password", "a: b ñ 🔑", "a: b ñ 🔑"),
+        ("webhook_username", " cleur\n", "cleur"),
+        ("retention_days", "", 30),
+    ],
+)
+def test_good_values_are_taken(name, text, value):
+    assert read_settings({**GOOD, name: text})[name] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("listen", "5001"),
+        ("listen", ":5001"),
+        ("listen", "localhost:5001"),
+        ("listen", "::1:5001"),
+        ("listen", "0.0.0.0:65536"),
+        ("listen", "0.0.0.0:+80"),
+        ("listen", "300.0.0.1:5001"),
+        ("listen", "[::zz]:5001"),
+        ("time_zone", "Europe/Madird"),
+        ("time_zone", "../etc/passwd"),
+        ("time_zone", "/etc/localtime"),
+        ("time_zone", "Europe"),
+        ("webex_url", "webexapis.com/v1"),
+        ("webex_url", "http://webexapis.com/v1"),
+        ("webex_url", "http://127.0.0.1.evil.example/v1"),
+        ("webex_url", "http://10.0.0.1/v1"),
+        ("webex_url", "https://"),
+        ("webex_url", "https://a b/v1"),
+        ("webex_url", "ftp://webexapis.com"),
+        ("webex_url", "https://webexapis.com/v1?x=1"),
+        ("retention_days", "0"),
+        ("retention_days", "-1"),
+        ("retention_days", "1.5"),
+        ("retention_days", "١"),
+        ("retention_days", "100000"),
+        ("room_id", "two words"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_found_and_what_was_expected(name, text):
+    (line,) = problems(**{name: text})
+    assert line.startswith(f"{name}: expected {SETTINGS[name][3]}")
+    assert repr(text) in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bearer_token", "s3cr3t with space"),
+        ("bearer_token", "s3cr3t\r\nX-Header: x"),
+        ("webhook_password", "s3cr3t\nline"),
+        ("webhook_password", "s3cr3t\udcff"),
+        ("webex_url", "https://user:s3cr3t@webexapis.com/v1"),
+    ],
+)
+def test_a_secret_is_never_shown(name, text):
+    (line,) = problems(**{name: text})
+    assert line.startswith(f"{name}: expected ")
+    assert "s3cr3t" not in line
+    assert "not shown" in line
+
+
+def test_a_user_name_with_a_colon_is_refused():
+    assert problems(webhook_username="a:b")[0].startswith("webhook_username: expected ")
+
+
+def test_missing_settings_are_named_all_at_once_with_the_line_to_export_them(tmp_path):
+    done = run({"STATE_DIRECTORY": str(tmp_path / "state"), "listen": "nonsense"})
+    assert done.returncode == 78
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 5
+    for name, line in zip(["bearer_token", "room_id", "webhook_username", "webhook_password"], lines):
+        assert f"{name}: " in line
+        assert f"export {name}=" in line
+    assert "'nonsense'" in lines[4]
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_host_without_time_zones_is_told_which_package_to_install(tmp_path):
+    done = run({**environment(tmp_path, "http://127.0.0.1:9/v1"), "PYTHONTZPATH": ""})
+    assert done.returncode == 78
+    assert "time_zone" in done.stderr
+    assert "tzdata" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_credential_wins_over_the_variable(tmp_path):
+    (tmp_path / "bearer_token").write_text("from-the-file\n")
+    (tmp_path / "time_zone").write_text("Asia/Tokyo")
+    settings = read_settings({**GOOD, "CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert settings["bearer_token"] == "from-the-file"
+    assert str(settings["time_zone"]) == "Asia/Tokyo"
+    assert settings["room_id"] == GOOD["room_id"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", None])
+def test_a_credential_that_cannot_be_used_is_named(tmp_path, content):
+    if content is None:
+        (tmp_path / "bearer_token").mkdir()
+    else:
+        (tmp_path / "bearer_token").write_bytes(content)
+    environ = {**GOOD, "bearer_token": "", "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    with pytest.raises(RelayError, match="^bearer_token: "):
+        read_settings(environ)
+
+
+def test_the_address_being_taken_is_a_clear_error(tmp_path, relay):
+    environ = environment(tmp_path / "other", relay.environ["webex_url"])
+    done = run({**environ, "listen": f"127.0.0.1:{relay.port}"})
+    assert done.returncode == 74
+    assert "listen: " in done.stderr
+    assert "Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_state_directory_that_cannot_be_is_a_clear_error(tmp_path):
+    (tmp_path / "state").write_text("a file in the way")
+    done = run(environment(tmp_path, "http://127.0.0.1:9/v1"))
+    assert done.returncode == 74
+    assert str(tmp_path / "state") in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("variable", ["XDG_STATE_HOME", "HOME"])
+def test_without_systemd_the_spool_is_in_the_users_state(tmp_path, webex, variable):
+    from harness import Relay
+
+    home = str(tmp_path / "home")
+    folder = Path(home) if variable == "XDG_STATE_HOME" else Path(home, ".local", "state")
+    with Relay(tmp_path, webex.url, STATE_DIRECTORY=None, **{variable: home}):
+        assert (folder / "alarmrelay" / "alarmrelay.db").exists()
+        assert (folder / "alarmrelay" / "alarmrelay.db").stat().st_mode & 0o077 == 0
+
+
+def test_usage_and_version():
+    assert run({}, "--version").stdout.startswith("alarmrelay 0.")
+    assert "preview" in run({}, "--help").stdout
+    assert run({}, "--nonsense").returncode == 2
+    missing = run({}, "preview", "/nonexistent")
+    assert missing.returncode == 1
+    assert "No such file" in missing.stderr
