@@ -1,0 +1,370 @@
+"""Delivery: the decisions as a table, the courier's step, and each row over real sockets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from alarmrelay import Answer, Courier, Posted, Spool, Verdict, Webex, judge, parse_retry_after
+from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
+from zoneinfo import ZoneInfo
+
+NOW = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc)
+START_S = NOW.timestamp()
+
+
+def answer(status: int, headers: dict[str, str] | None = None, body: object = None) -> Answer:
+    content = body if isinstance(body, bytes) else json.dumps(body or {"message": "Words."}).encode()
+    return Answer(status, "Reason", headers or {}, content)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "wait_s"),
+    [
+        (423, "paused", 15), (429, "paused", 15),
+        (400, "refused", 60),
+        *[(status, "held", 60) for status in (401, 403, 404, 405, 406, 409, 410, 411, 413, 415, 418, 422, 451, 499)],
+        *[(status, "failed", 1) for status in (0, 100, 200, 201, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 500, 501, 502, 503, 504, 505, 599, 700)],
+    ],
+)  # fmt: skip
+def test_the_status_decides(status, kind, wait_s):
+    verdict = judge(answer(status), 0, NOW)
+    assert (verdict.kind, verdict.wait_s) == (kind, wait_s)
+    assert verdict.reason
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>Log in</html>", b"null", b"[]", b'"id"', b'{"id": ""}', b'{"id": 7}', b'{"ok": 1}',
+     b'{"id": null}', b"\xff\xff", b'{"id": "x"', b"[" * 100_000],
+)  # fmt: skip
+def test_a_200_without_a_message_id_is_no_delivery(body):
+    verdict = judge(answer(200, {}, body), 0, NOW)
+    assert (verdict.kind, verdict.wait_s) == ("failed", 1)
+    assert "no message id" in verdict.reason
+
+
+def test_a_200_with_an_id_is_a_delivery_and_keeps_it():
+    assert judge(answer(200, {}, {"id": "Y2lz"}), 5, NOW) == Verdict("delivered", 0.0, "Y2lz")
+
+
+def test_failures_double_the_wait_up_to_five_minutes():
+    waits = [judge(answer(503), failures, NOW).wait_s for failures in range(12)]
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
+    assert judge(answer(503), 10**9, NOW).wait_s == 300
+
+
+@pytest.mark.parametrize(
+    ("field", "seconds"),
+    [
+        ("", 15), ("soon", 15), ("1.5", 15), ("1e3", 15), ("0x10", 15), ("٣", 15), ("nan", 15),
+        ("30", 30), ("0", 1), ("-5", 1), ("3600", 3600), ("3601", 3600), ("9" * 5000, 3600),
+        ("Fri, 08 Mar 2024 08:02:00 GMT", 120), ("Fri, 08 Mar 2024 07:59:00 GMT", 1),
+        ("Fri, 08 Mar 2024 09:02:00 +0100", 120), ("Fri, 08 Mar 2024 08:02:00 -0000", 120),
+        ("Sat, 08 Mar 2025 08:02:00 GMT", 3600), ("Fri, 99 Mar 2024 08:02:00 GMT", 15),
+        ("Fri, 08 Mar 99999999999 08:02:00 GMT", 15), ("Friday", 15), ("1 1 1 1 1", 15),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [423, 429])
+def test_retry_after_is_honoured_within_bounds(status, field, seconds):
+    assert parse_retry_after(field, NOW) == seconds
+    assert judge(answer(status, {"Retry-After": f" {field} "}), 0, NOW).wait_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "tracking_id"),
+    [
+        ({"message": "Bad.", "trackingId": "ROUTER_1"}, "404 Reason: Bad.", "ROUTER_1"),
+        ({"message": "Bad."}, "404 Reason: Bad.", "HEADER_1"),
+        ({"message": ["odd"], "trackingId": 7}, "404 Reason: ['odd']", "7"),
+        (b"<html>", "404 Reason", "HEADER_1"),
+        ({"error": {"key": "x"}}, "404 Reason", "HEADER_1"),
+    ],
+)
+def test_the_reason_holds_webexs_words_what_to_do_and_the_tracking_id(body, reason, tracking_id):
+    verdict = judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW)
+    assert verdict.reason == f"{reason}; check room_id, and that the bot is a member of the room"
+    assert verdict.tracking_id == tracking_id
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = START_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def spool(tmp_path):
+    spool = Spool(tmp_path / "state")
+    yield spool
+    spool.close()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def courier(spool, webex, clock):
+    zone = ZoneInfo("Europe/Madrid")
+    return Courier("/", ROOM, zone, spool, Webex(webex.url, TOKEN, timeout_s=20), clock=clock)
+
+
+def store(spool: Spool, *texts: str) -> None:
+    bodies = [json.dumps({"message": text}) for text in texts]
+    request = "".join(texts).encode()
+    spool.store(Posted("/", request, int(START_S * 1000), bodies))
+
+
+def names(webex: WebexStandIn) -> list[str]:
+    return [text.split("**Message** : ")[1].split(",")[0] for text in webex.texts()]
+
+
+def test_a_step_delivers_the_oldest_and_an_idle_one_waits_for_an_arrival(courier, spool, webex):
+    store(spool, "one", "two")
+    assert [courier.step(), courier.step(), courier.step()] == [0.0, 0.0, None]
+    assert names(webex) == ["one", "two"]
+    assert (spool.waiting, spool.delivered) == (0, 2)
+    request = webex.requests[0]
+    assert request["headers"]["authorization"] == f"Bearer {TOKEN}"
+    assert request["headers"]["content-type"].startswith("application/json")
+    assert set(request["content"]) == {"roomId", "markdown"}
+
+
+RESET_BEFORE, RESET_AFTER = Fault(reset_before=True), Fault(take=True, reset_after=True)
+HTML = Fault(status=200, body=b"<html><h1>Please log in</h1></html>")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [*[Fault(status=status) for status in (500, 502, 503, 504, 201, 204, 302, 304, 599)],
+     RESET_BEFORE, HTML, Fault(status=200, body=b'{"id": "cut off'),
+     Fault(status=200, body=b"", headers={"Content-Length": "1000"}, drip_s=0)],
+)  # fmt: skip
+def test_what_is_broken_is_tried_again_after_one_second_doubling(courier, spool, webex, fault):
+    store(spool, "one", "two")
+    webex.faults.extend([fault] * 3)
+    waits = [courier.step() for _ in range(3)]
+    for wait_s, expected in zip(waits, (1, 2, 4)):
+        assert expected * 0.8 <= wait_s <= expected * 1.2
+    assert courier.trouble.startswith("delivery failed: ")
+    assert spool.waiting == 2
+    assert [courier.step(), courier.step(), courier.step()] == [0.0, 0.0, None]
+    assert names(webex) == ["one", "two"]
+    assert courier.trouble == ""
+    webex.faults.append(fault)
+    store(spool, "three")
+    assert courier.step() <= 1.2  # the doubling began anew
+
+
+def test_waits_differ_lest_many_relays_come_back_at_once(courier, spool, webex):
+    store(spool, "one")
+    webex.fault_for = lambda _: Fault(status=503)
+    assert len({courier.step() / 2**exponent for exponent in range(8)}) == 8
+
+
+def test_a_reset_after_the_message_is_taken_repeats_it_and_loses_nothing(courier, spool, webex):
+    store(spool, "one", "two")
+    webex.faults.append(RESET_AFTER)
+    assert 0.8 <= courier.step() <= 1.2
+    while courier.step() is not None:
+        pass
+    assert names(webex) == ["one", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("field", "seconds"),
+    [("7", 7), (None, 15), ("junk", 15), ("-3", 1), ("99999999", 3600),
+     ("Fri, 08 Mar 2024 08:02:00 GMT", 120)],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [423, 429])
+def test_a_limit_pauses_the_room_for_as_long_as_webex_says(courier, spool, webex, status, field, seconds):
+    store(spool, "one")
+    headers = {} if field is None else {"Retry-After": field}
+    webex.faults.append(Fault(status=status, headers=headers))
+    assert courier.step() == seconds
+    assert courier.trouble.startswith(f"delivery paused: {status} ")
+    assert courier.step() == 0.0
+    assert names(webex) == ["one"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 418])
+def test_a_hold_is_tried_again_every_minute_and_logged_when_its_reason_changes(
+    courier, spool, webex, status, caplog
+):
+    store(spool, "one", "two")
+    webex.faults.extend([Fault(status=status)] * 4)  # each with a trackingId of its own
+    assert [courier.step() for _ in range(4)] == [60.0] * 4
+    assert courier.trouble.startswith(f"delivery held: {status} ")
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "says the stand-in" in errors[0].getMessage()
+    assert "trackingId ROUTER_" in errors[0].getMessage()
+    webex.faults.append(Fault(status=451))
+    assert courier.step() == 60.0
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 2
+    while courier.step() is not None:
+        pass
+    assert names(webex) == ["one", "two"]
+
+
+def test_a_wrong_token_holds_and_the_queue_drains_once_it_is_right(courier, spool, webex):
+    store(spool, "one", "two")
+    webex.token = "another"
+    assert courier.step() == 60.0
+    assert "401 Unauthorized: The request requires a valid access token" in courier.trouble
+    assert "replace bearer_token and restart" in courier.trouble
+    webex.token = TOKEN
+    while courier.step() is not None:
+        pass
+    assert names(webex) == ["one", "two"]
+
+
+def test_a_room_that_is_gone_holds_and_the_queue_drains_once_it_is_back(courier, spool, webex):
+    store(spool, "one", "two")
+    webex.rooms.clear()
+    assert courier.step() == 60.0
+    assert "404 Not Found: Could not find a room with provided ID." in courier.trouble
+    webex.rooms.add(ROOM)
+    while courier.step() is not None:
+        pass
+    assert names(webex) == ["one", "two"]
+
+
+def test_a_refused_message_goes_once_more_as_plain_text(courier, spool, webex):
+    store(spool, "ñandú **one**", "two")
+    webex.faults.append(Fault(status=400))
+    assert [courier.step(), courier.step(), courier.step(), courier.step()] == [0.0, 0.0, 0.0, None]
+    plain = webex.messages[0]
+    assert "markdown" not in plain
+    assert "Message : ?and? **one**, is received" in plain["text"]
+    assert plain["text"].isascii()
+    assert "markdown" in webex.messages[1]
+
+
+def test_a_message_refused_in_both_forms_is_held_and_not_dropped(courier, spool, webex):
+    store(spool, "one", "two")
+    webex.faults.extend([Fault(status=400)] * 4)
+    assert [courier.step() for _ in range(4)] == [0.0, 60.0, 0.0, 60.0]
+    forms = [set(request["content"]) - {"roomId"} for request in webex.requests]
+    assert forms == [{"markdown"}, {"text"}] * 2
+    assert spool.waiting == 2
+    while courier.step() is not None:
+        pass
+    assert names(webex) == ["one", "two"]
+
+
+@pytest.mark.parametrize("between", [Fault(status=503), Fault(status=429), RESET_BEFORE])
+def test_the_plain_form_survives_a_failure_in_between(courier, spool, webex, between):
+    store(spool, "one")
+    webex.faults.extend([Fault(status=400), between])
+    assert courier.step() == 0.0
+    assert courier.step() > 0
+    assert courier.step() == 0.0
+    assert set(webex.messages[0]) >= {"text"}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(courier, spool, webex, status):
+    with WebexStandIn() as other:
+        store(spool, "one")
+        location = other.url + "/messages"
+        webex.faults.append(Fault(status=status, headers={"Location": location}))
+        assert 0.8 <= courier.step() <= 1.2
+        assert f"{status} " in courier.trouble
+        assert other.requests == []
+        assert courier.step() == 0.0
+        assert other.requests == []
+    assert names(webex) == ["one"]
+
+
+def test_a_server_that_hangs_is_cut_off_at_the_deadline(spool, webex):
+    release = threading.Event()
+    webex.faults.append(Fault(hold=release))
+    answer = Webex(webex.url, TOKEN, timeout_s=0.5).post_message({"roomId": ROOM, "markdown": "x"})
+    release.set()
+    assert answer.status == 0
+    assert answer.reason == "no answer from Webex within 0.5 s"
+
+
+def test_a_server_that_drips_is_cut_off_at_the_deadline(webex):
+    webex.faults.append(Fault(status=200, take=True, drip_s=0.05))
+    threads = threading.active_count()
+    answer = Webex(webex.url, TOKEN, timeout_s=0.5).post_message({"roomId": ROOM, "markdown": "x"})
+    assert answer.status == 0
+    for thread in threading.enumerate():  # none stays behind: the drip would go on for minutes
+        if thread.name.startswith("webex"):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert threading.active_count() <= threads + 1
+
+
+def test_sixty_seconds_are_the_deadline():
+    assert Webex("http://127.0.0.1:9/v1", TOKEN)._timeout_s == 60
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/v1", "http://localhost:9", "https://127.0.0.1:9/v1"]
+)
+def test_a_webex_that_cannot_be_reached_is_a_failure(url):
+    answer = Webex(url, TOKEN, timeout_s=5).post_message({"roomId": ROOM, "markdown": "x"})
+    assert answer.status == 0
+    assert "refused" in answer.reason
+    assert judge(answer, 0, NOW).kind == "failed"
+
+
+def test_an_answer_of_endless_length_is_not_read_to_its_end(webex):
+    webex.faults.append(Fault(status=200, body=b'{"id": "' + b"x" * 5_000_000 + b'"}'))
+    answer = Webex(webex.url, TOKEN, timeout_s=20).post_message({"roomId": ROOM, "markdown": "x"})
+    assert len(answer.body) == 2**20
+    assert judge(answer, 0, NOW).kind == "failed"
+
+
+def test_no_proxy_is_asked_for_a_loopback_address(webex, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    answer = Webex(webex.url, TOKEN, timeout_s=20).post_message({"roomId": ROOM, "markdown": "x"})
+    assert answer.status == 200
+
+
+def test_late_alarms_say_so(courier, spool, webex, clock):
+    store(spool, "one", "two")
+    courier.step()
+    clock.now_s += timedelta(minutes=14, seconds=30).total_seconds()
+    courier.step()
+    assert webex.texts()[1].endswith("<br>**Delayed:** relayed 14 min after it came in")
+    assert "Delayed" not in webex.texts()[0]
+
+
+def test_an_alarm_that_breaks_the_program_itself_waits_and_is_logged(
+    courier, spool, webex, monkeypatch, caplog
+):
+    store(spool, "one")
+
+    def broken(*_: object) -> float:
+        courier.stopping.set()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Courier, "step", broken)
+    courier.run()
+    assert "an error in alarmrelay itself" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert spool.waiting == 1
+
+
+def test_the_courier_stops_when_it_is_told_and_never_misses_it(courier, spool, webex):
+    for _ in range(50):
+        courier.stopping.clear()
+        thread = threading.Thread(target=courier.run)
+        thread.start()
+        courier.stopping.set()
+        courier.arrived.set()
+        thread.join(10)
+        assert not thread.is_alive()

@@ -1,0 +1,248 @@
+"""The spool: a real SQLite file, and what is true of it when a method has returned."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import sqlite3
+import threading
+import time
+
+import alarmrelay
+import pytest
+from alarmrelay import Posted, Refused, RelayError, Spool
+from harness import Relay, environment
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def spool(tmp_path):
+    spool = Spool(tmp_path / "state")
+    yield spool
+    spool.close()
+
+
+def posted(*bodies: str, request: bytes | None = None, received_ms: int | None = None) -> Posted:
+    return Posted(
+        room="/",
+        request=request or b"request %d" % next(NUMBERS),
+        received_ms=int(time.time() * 1000) if received_ms is None else received_ms,
+        bodies=bodies or ("{}",),
+    )
+
+
+def traced(spool: Spool) -> list[str]:
+    """Return a list to which every statement from now on is added."""
+    statements: list[str] = []
+    spool._db.set_trace_callback(statements.append)
+    return statements
+
+
+def drain(spool: Spool) -> list[str]:
+    bodies = []
+    while (alarm := spool.oldest_waiting("/")) is not None:
+        bodies.append(alarm[2])
+        spool.set_delivered(alarm[0], f"message-{alarm[0]}", alarm[1] + 5)
+    return bodies
+
+
+def test_every_commit_is_synced_and_no_other_process_can_open_the_file(spool):
+    def pragma(name: str) -> object:
+        return spool._db.execute(f"PRAGMA {name}").fetchone()[0]
+
+    assert pragma("synchronous") == 2  # FULL
+    assert pragma("journal_mode") == "wal"
+    assert pragma("locking_mode") == "exclusive"
+
+
+def test_alarms_come_out_oldest_first_and_once(spool):
+    assert list(spool.store(posted("1"))) == [1]
+    assert list(spool.store(posted("2", "3"))) == [2, 3]
+    assert spool.waiting == 3
+    assert drain(spool) == ["1", "2", "3"]
+    assert (spool.waiting, spool.delivered) == (0, 3)
+    assert spool.oldest_waiting("/") is None
+
+
+def test_alarms_survive_and_ids_go_on(tmp_path):
+    spool = Spool(tmp_path)
+    spool.store(posted("1", "2"))
+    alarm = spool.oldest_waiting("/")
+    spool.set_delivered(alarm[0], "m", 1)
+    spool.close()
+    again = Spool(tmp_path)
+    assert again.waiting == 1
+    assert list(again.store(posted("3"))) == [3]
+    assert drain(again) == ["2", "3"]
+    again.close()
+
+
+def test_requests_that_come_during_a_commit_share_the_next(spool):
+    statements = traced(spool)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        with spool._lock:  # as while another's commit is under way
+            answers = [pool.submit(spool.store, posted(str(i))) for i in range(16)]
+            while len(spool._posted) < 16:
+                threading.Event().wait(0.001)
+        ids = sorted(next(iter(answer.result(10))) for answer in answers)
+    assert ids == list(range(1, 17))
+    assert statements.count("COMMIT") == 1
+    assert len(drain(spool)) == 16
+
+
+def test_many_threads_lose_nothing(spool):
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        ranges = pool.map(lambda i: spool.store(posted(str(i), f"{i} too")), range(500))
+        ids = [spool_id for ids in ranges for spool_id in ids]
+    assert sorted(ids) == list(range(1, 1001))
+    assert spool.waiting == 1000
+    assert sorted(drain(spool)) == sorted([str(i) for i in range(500)] + [f"{i} too" for i in range(500)])
+
+
+def test_the_same_request_within_ten_minutes_is_a_duplicate(spool):
+    at = 1_700_000_000_000
+    assert list(spool.store(posted("a", request=b"r", received_ms=at))) == [1]
+    assert list(spool.store(posted("a", request=b"r", received_ms=at + 599_999))) == []
+    assert list(spool.store(posted("a", request=b"r", received_ms=at - 10))) == []
+    assert list(spool.store(posted("b", request=b"s", received_ms=at + 600_000))) == [2]
+    assert list(spool.store(posted("a", request=b"r", received_ms=at + 600_001))) == [3]
+    assert spool.waiting == 3
+
+
+def test_two_equal_requests_in_one_commit_are_stored_once(spool):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with spool._lock:
+            answers = [pool.submit(spool.store, posted("a", request=b"r")) for _ in range(2)]
+            while len(spool._posted) < 2:
+                threading.Event().wait(0.001)
+        assert sorted(len(answer.result(10)) for answer in answers) == [0, 1]
+
+
+def test_a_duplicate_is_known_after_a_restart(tmp_path):
+    now_ms = int(time.time() * 1000)
+    spool = Spool(tmp_path)
+    spool.store(posted("old", request=b"old", received_ms=now_ms - 601_000))
+    spool.store(posted("a", request=b"r", received_ms=now_ms - 300_000))
+    spool.store(posted("b", "c", request=b"s", received_ms=now_ms))
+    spool.close()
+    again = Spool(tmp_path)
+    assert list(again.store(posted("a", request=b"r"))) == []
+    assert list(again.store(posted("b", "c", request=b"s"))) == []
+    assert list(again.store(posted("old", request=b"old"))) == [5]
+    again.close()
+
+
+def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
+    at = 1_700_000_000_000
+    spool.store(posted("a", request=b"r", received_ms=at))
+    assert len(spool.store(posted("a", request=b"r", received_ms=at - 86_400_000))) == 1
+
+
+def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
+    statements = traced(spool)
+    spool.oldest_waiting("/")
+    (select,) = [text for text in statements if text.lstrip().startswith("SELECT")]
+    spool._db.set_trace_callback(None)
+    plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {select}"))
+    assert "USING INDEX waiting (room=?)" in plan
+    assert "TEMP B-TREE" not in plan
+
+
+def test_retention_deletes_delivered_alarms_alone_and_in_small_steps(spool, monkeypatch):
+    monkeypatch.setattr(alarmrelay, "RETENTION_STEP", 3)
+    spool.store(posted(*(str(i) for i in range(10))))
+    for at in range(8):
+        spool.set_delivered(spool.oldest_waiting("/")[0], "m", at)
+    statements = traced(spool)
+    assert [spool.delete_delivered(7) for _ in range(4)] == [3, 3, 1, 0]
+    left = [row[0] for row in spool._db.execute("SELECT id FROM alarm ORDER BY id")]
+    assert left == [8, 9, 10]
+    delete = next(text for text in statements if text.startswith("DELETE"))
+    plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {delete}"))
+    assert "INDEX delivered" in plan
+
+
+def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypatch):
+    assert alarmrelay.WAITING_ALARMS == 100_000
+    monkeypatch.setattr(alarmrelay, "WAITING_ALARMS", 3)
+    spool.store(posted("1", "2", "3"))
+    with pytest.raises(Refused) as caught:
+        spool.store(posted("4"))
+    assert caught.value.status == 503
+    assert "Retry-After" in caught.value.headers
+    with pytest.raises(Refused):
+        spool.check()
+    spool.set_delivered(1, "m", 1)
+    assert list(spool.store(posted("4"))) == [4]
+
+
+def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
+    spool = Spool(tmp_path)
+    spool.store(posted("kept"))
+    spool._db.execute("DROP INDEX waiting")
+    spool._db.execute("ALTER TABLE alarm RENAME TO away")  # any error of SQLite will do
+    for _ in range(2):
+        with pytest.raises(Refused, match="spool") as caught:
+            spool.store(posted("lost"))
+        assert caught.value.status == 503
+    for call in (spool.check, lambda: spool.oldest_waiting("/"), lambda: spool.delete_delivered(1)):
+        with pytest.raises(Refused):
+            call()
+    assert spool.error
+    assert spool.error.exit_status == 74
+    spool._db.close()
+
+
+def test_every_request_of_a_failed_commit_hears_of_it(tmp_path):
+    spool = Spool(tmp_path)
+    spool._db.execute("ALTER TABLE alarm RENAME TO away")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with spool._lock:
+            answers = [pool.submit(spool.store, posted(str(i))) for i in range(8)]
+            while len(spool._posted) < 8:
+                threading.Event().wait(0.001)
+        for answer in answers:
+            with pytest.raises(Refused):
+                answer.result(10)
+    spool._db.close()
+
+
+def test_a_second_relay_on_the_same_directory_ends_with_75_and_says_so(tmp_path, relay):
+    from test_settings import run
+
+    done = run(environment(tmp_path, relay.environ["webex_url"]))
+    assert done.returncode == 75
+    assert "another relay" in done.stderr
+    assert "stop it first" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert relay.post({"message": "still served"})[0] == 200
+
+
+def test_closing_refuses_what_comes_later(tmp_path):
+    spool = Spool(tmp_path)
+    spool.close()
+    with pytest.raises(Refused):
+        spool.store(posted())
+
+
+def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "alarmrelay.db").write_bytes(b"noise" * 1000)
+    with pytest.raises(RelayError, match="not a database"):
+        Spool(tmp_path)
+
+
+def test_the_file_can_be_read_with_sqlite_once_the_relay_is_stopped(tmp_path, webex):
+    with Relay(tmp_path, webex.url) as relay:
+        relay.post({"rule_name_display": "R", "uuid": "u-1"})
+        webex.wait_for(lambda: webex.messages)
+        relay.told("1 delivered")
+    with sqlite3.connect(tmp_path / "state" / "alarmrelay.db") as db:
+        ((spool_id, room, body, delivered_ms, message_id),) = db.execute(
+            "SELECT id, room, body, delivered_ms, message_id FROM alarm"
+        )
+    db.close()
+    assert (spool_id, room, message_id) == (1, "/", webex.messages[0]["id"])
+    assert json.loads(body) == {"rule_name_display": "R", "uuid": "u-1"}
+    assert abs(delivered_ms / 1000 - time.time()) < 3600
