@@ -336,6 +336,8 @@ class Spool:
             recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
             self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
         except (OSError, sqlite3.Error) as error:
+            with contextlib.suppress(AttributeError):  # there is none if it was not even connected
+                self._db.close()
             if "locked" in str(error):
                 raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
@@ -612,15 +614,18 @@ class Courier:
     def run(self) -> None:
         """Deliver until stopped, or until the spool breaks, which ends the process."""
         while not self.stopping.is_set() and not self.spool.error:
+            wait_s: float | None = HOLD_S
             try:
                 wait_s = self.step()
+            except Refused:  # by the spool, which is broken
+                break
             except Exception:  # the one broad except: whatever it is, the alarm must wait
                 log.exception("room %s: an error in alarmrelay itself, tried again", self.room)
-                wait_s = HOLD_S
             if wait_s is not None:
                 self.stopping.wait(wait_s)
-            elif not self.stopping.is_set():  # stop() sets it before arrived, which step() clears
+            elif not self.stopping.is_set():  # set before arrived, which step() clears
                 self.arrived.wait()
+        self.changed()
 
     def wake(self) -> None:
         self.arrived.set()
@@ -647,7 +652,7 @@ def body_length(version: str, fields: email.message.Message) -> int | None:
         raise Refused(501, "the only Transfer-Encoding known is chunked", Connection="close")
     if coding is not None and (length is not None or version == "HTTP/1.0"):
         raise Refused(400, "Transfer-Encoding with a length or HTTP/1.0", Connection="close")
-    if not re.fullmatch("[0-9]{1,18}", length or "0"):
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Refused(400, "Content-Length is no number", Connection="close")
     return None if coding else int(length or 0)
 
@@ -691,6 +696,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if not self.raw_requestline or not self.parse_request():
                 return
+            self.close_connection |= "close" in self.headers.get("Connection", "").lower()
             body = read_body(self.rfile, body_length(self.request_version, self.headers))
             self.answer(200, self.respond(body))
         except Refused as refusal:
@@ -753,8 +759,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         posted = Posted(
             courier.room, request, int(time.time() * 1000), [text for text, _ in alarms]
         )
-        ids = self.server.spool.store(posted)
-        courier.wake()
+        try:
+            ids = self.server.spool.store(posted)
+        finally:
+            courier.wake()  # also if the spool broke: the process must end
         sender = self.client_address[0]
         for spool_id, (_, alarm) in zip(ids, alarms):
             rule, uuid = alarm_name(alarm)[:99], str(alarm.get("uuid"))[:99]
@@ -906,6 +914,7 @@ def serve(environ: Mapping[str, str]) -> None:
     notify(environ, "STOPPING=1")
     deadline = time.monotonic() + STOP_S
     server.finish(deadline)
+    courier.stopping.set()
     courier.arrived.set()
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:

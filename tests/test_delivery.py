@@ -6,18 +6,30 @@ import json
 import logging
 import threading
 from datetime import datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
 
 import pytest
-from alarmrelay import Answer, Courier, Posted, Spool, Verdict, Webex, judge, parse_retry_after
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
-from zoneinfo import ZoneInfo
+
+from alarmrelay import (
+    Answer,
+    Courier,
+    Posted,
+    Spool,
+    Verdict,
+    Webex,
+    judge,
+    parse_retry_after,
+)
 
 NOW = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc)
 START_S = NOW.timestamp()
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: object = None) -> Answer:
-    content = body if isinstance(body, bytes) else json.dumps(body or {"message": "Words."}).encode()
+    content = (
+        body if isinstance(body, bytes) else json.dumps(body or {"message": "Words."}).encode()
+    )
     return Answer(status, "Reason", headers or {}, content)
 
 
@@ -186,7 +198,9 @@ def test_a_reset_after_the_message_is_taken_repeats_it_and_loses_nothing(courier
      ("Fri, 08 Mar 2024 08:02:00 GMT", 120)],
 )  # fmt: skip
 @pytest.mark.parametrize("status", [423, 429])
-def test_a_limit_pauses_the_room_for_as_long_as_webex_says(courier, spool, webex, status, field, seconds):
+def test_a_limit_pauses_the_room_for_as_long_as_webex_says(
+    courier, spool, webex, status, field, seconds
+):
     store(spool, "one")
     headers = {} if field is None else {"Retry-After": field}
     webex.faults.append(Fault(status=status, headers=headers))
@@ -273,7 +287,9 @@ def test_the_plain_form_survives_a_failure_in_between(courier, spool, webex, bet
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(courier, spool, webex, status):
+def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(
+    courier, spool, webex, status
+):
     with WebexStandIn() as other:
         store(spool, "one")
         location = other.url + "/messages"

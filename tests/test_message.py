@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-import alarmrelay
 import pytest
-from alarmrelay import Refused, fit, format_message, parse_alarms, plain_text, show
 from harness import PAYLOADS, PROGRAM
+
+import alarmrelay
+from alarmrelay import Refused, fit, format_message, parse_alarms, plain_text, show
 
 MADRID = ZoneInfo("Europe/Madrid")
 NOON_MS = 1_700_000_000_000  # Tue Nov 14 23:13:20 2023 CET
@@ -58,7 +59,14 @@ def test_the_samples_are_those_that_the_readme_promises():
         "omp_node_down omp_node_up omp_site_down omp_site_up"
     ).split():
         assert part in names
-    assert len(json.loads((PAYLOADS / "bfd_site_down_14_consumed_events.json").read_text())["consumed_events"]) == 14
+    assert (
+        len(
+            json.loads((PAYLOADS / "bfd_site_down_14_consumed_events.json").read_text())[
+                "consumed_events"
+            ]
+        )
+        == 14
+    )
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
@@ -179,7 +187,10 @@ def test_values_fall_back_and_anything_is_shown_as_text(alarm, shown):
         ("ñ_ñ 接_口 1_2", "ñ_ñ 接_口 1_2"),
         ("<@all>", "&lt;@all&gt;"),
         ("&amp; &", "&amp;amp; &amp;"),
-        ("[a](http://b) *c* `d` ~~e~~ f\\g", "\\[a\\](http://b) \\*c\\* \\`d\\` \\~\\~e\\~\\~ f\\\\g"),
+        (
+            "[a](http://b) *c* `d` ~~e~~ f\\g",
+            "\\[a\\](http://b) \\*c\\* \\`d\\` \\~\\~e\\~\\~ f\\\\g",
+        ),
         ("a\nb\r\nc\td\x00e\x7ff\x85g\u2028h\u2029i", "a b  c d e f g h i"),
         ("a\u202eb\u2066c", "a b c"),
         ("lone \ud800 surrogate", "lone   surrogate"),

@@ -2,20 +2,316 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import http.client
 import json
+import os
+import random
+import re
+import resource
+import shutil
+import threading
+from pathlib import Path
 
-from harness import PAYLOADS
+import pytest
+from harness import PASSWORD, PAYLOADS, PROGRAM, Relay, basic
+from webex_standin import TOKEN, Fault, WebexStandIn
+
+SAMPLES = sorted(PAYLOADS.glob("*.json"))
+RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
+WORKSHOP_MESSAGE = (
+    "Team, **Alarm Event** : System_Reboot_Issued, **Message** : The device rebooted, is received "
+    "from vManage and here are the complete details<br>**Severity:** 🔴 Critical<br>"
+    "**Receive Time:** Sat Jan 18 05:57:01 2020 CET<br> **host-name:** DC1-VEDGE1<br> "
+    "**system-ip:** 10.1.0.1"
+)
 
 
-def test_the_workshops_sample_stands_in_the_room_byte_for_byte(relay, webex):
-    assert relay.post((PAYLOADS / "system_reboot_issued.json").read_bytes()) == (
-        200,
-        {"status": "accepted"},
+def numbers(webex: WebexStandIn) -> list[int]:
+    """Return the numbers of the alarms in the room, in the order of their messages."""
+    return [int(re.search(r"number (\d+)", text)[1]) for text in webex.texts()]
+
+
+def numbered(number: int) -> dict[str, str]:
+    return {"message": f"number {number}", "uuid": f"uuid-{number}"}
+
+
+def test_the_workshops_sample_stands_in_the_room_byte_for_byte(tmp_path, webex):
+    environ = {"webhook_username": "cleur", "webhook_password": "cleur"}
+    with Relay(tmp_path, webex.url, listen="127.0.0.1:5001", **environ) as relay:
+        assert relay.port == 5001
+        sample = (PAYLOADS / "system_reboot_issued.json").read_bytes()
+        answer = relay.post(sample, Authorization=basic("cleur", "cleur"))
+        assert answer == (200, {"status": "accepted"})
+        webex.wait_for(lambda: webex.messages)
+    assert webex.texts() == [WORKSHOP_MESSAGE]
+
+
+def test_every_sample_and_every_recorded_alarm_gets_through_in_order(relay, webex):
+    paths = list(dict.fromkeys([*SAMPLES, *RECORDED]))
+    for path in paths:
+        assert relay.post(path.read_bytes()) == (200, {"status": "accepted"})
+    webex.wait_for(lambda: len(webex.messages) == len(paths))
+    for path, text in zip(paths, webex.texts()):
+        golden = path.with_suffix(".md")
+        if golden.exists():
+            assert text + "\n" == golden.read_text(encoding="utf-8")
+        rule = json.loads(path.read_bytes())["rule_name_display"]
+        assert f"**Alarm Event** : {rule.split('*')[0]}" in text
+
+
+def test_every_alarm_leaves_two_lines_in_the_log_and_no_secret(relay, webex):
+    relay.post({"rule_name_display": "BFD_TLOC_Down", "uuid": "u-1"})
+    relay.post(numbered(2), Authorization=basic(password="a-guess"))
+    relay.told("1 delivered")
+    log = relay.log()
+    message_id = webex.messages[0]["id"]
+    assert re.search(
+        r"^\S+ \S+ INFO alarm 1 taken: room=/ rule='BFD_TLOC_Down' uuid='u-1' sender=127\.0\.0\.1$",
+        log,
+        re.MULTILINE,
     )
-    webex.wait_for(lambda: webex.messages)
-    assert webex.texts() == [
-        "Team, **Alarm Event** : System_Reboot_Issued, **Message** : The device rebooted, is "
-        "received from vManage and here are the complete details<br>**Severity:** 🔴 Critical<br>"
-        "**Receive Time:** Sat Jan 18 05:57:01 2020 CET<br> **host-name:** DC1-VEDGE1<br> "
-        "**system-ip:** 10.1.0.1"
+    assert re.search(
+        rf"^\S+ \S+ INFO alarm 1 delivered: message={message_id} after \d+\.\d s$", log, re.M
+    )
+    assert re.search(r"WARNING 127\.0\.0\.1 refused: 401 wrong credentials$", log, re.MULTILINE)
+    for secret in (
+        TOKEN,
+        PASSWORD,
+        basic().split()[1],
+        "a-guess",
+        basic(password="a-guess").split()[1],
+    ):
+        assert secret not in log
+
+
+def test_under_the_journal_lines_carry_their_priority_and_no_time(tmp_path, webex):
+    script = 'import os,sys; s=os.fstat(2); os.environ["JOURNAL_STREAM"]=f"{s.st_dev}:{s.st_ino}"'
+    script += "; os.execv(sys.argv[1], sys.argv[1:])"
+    relay = Relay(tmp_path, webex.url)
+    relay.command[:0] = [relay.command[0], "-c", script]
+    webex.faults.extend([Fault(status=503), Fault(status=403)])
+    with relay:
+        relay.post(numbered(1))
+        relay.told("delivery held")
+    lines = relay.log().splitlines()
+    assert {line[:3] for line in lines} == {"<3>", "<4>", "<6>"}
+    assert any(line.startswith("<6>alarm 1 taken: ") for line in lines)
+
+
+def test_posts_are_answered_while_webex_hangs(relay, webex):
+    release = threading.Event()
+    webex.faults.append(Fault(take=True, status=200, hold=release))
+    for number in range(100):
+        assert relay.post(numbered(number))[0] == 200
+    webex.wait_for(lambda: webex.requests)
+    assert len(webex.requests) == 1  # all hundred were answered while this one is held
+    release.set()
+    webex.wait_for(lambda: len(webex.messages) == 100)
+    assert numbers(webex) == list(range(100))
+
+
+def test_status_tells_waiting_delivered_and_what_holds(relay, webex):
+    assert relay.said == [
+        f"READY=1\nSTATUS=listening on 127.0.0.1 port {relay.port}; 0 waiting, 0 delivered"
     ]
+    relay.post(numbered(1))
+    relay.told("0 waiting, 1 delivered")
+    webex.token = "another"
+    relay.post(numbered(2))
+    said = relay.told("1 waiting, 1 delivered; delivery held: 401 Unauthorized: ")
+    assert said.startswith("STATUS=listening on ")
+    assert "replace bearer_token and restart" in said
+    assert "\n" not in said
+
+
+def test_webex_down_is_no_reason_to_be_unhealthy(relay, webex):
+    webex.fault_for = lambda _: Fault(status=503)
+    relay.post(numbered(1))
+    relay.told("delivery failed")
+    connection = relay.connect()
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_an_outage_is_ridden_out_and_the_doubling_wait_is_kept(relay, webex):
+    webex.faults.extend([Fault(status=503), Fault(reset_before=True)])
+    for number in range(5):
+        relay.post(numbered(number))
+    webex.wait_for(lambda: len(webex.messages) == 5)
+    assert numbers(webex) == list(range(5))
+
+
+def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
+    webex.rooms.clear()
+    with Relay(tmp_path, webex.url) as relay:
+        relay.post(numbered(1))
+        relay.told("delivery held")
+    webex.rooms.add(relay.environ["room_id"])
+    with Relay(tmp_path, webex.url) as relay:
+        webex.wait_for(lambda: webex.messages)
+    assert numbers(webex) == [1]
+
+
+def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
+    relay = Relay(tmp_path, webex.url).start()
+    idle, busy = relay.connect(), relay.connect()
+    idle.request("POST", "/", json.dumps(numbered(0)).encode(), {"Authorization": basic()})
+    idle.getresponse().read()  # from now on this connection is idle, and must not be waited for
+    body = json.dumps(numbered(1)).encode()
+    busy.putrequest("POST", "/")
+    busy.putheader("Authorization", basic())
+    busy.putheader("Content-Length", str(len(body)))
+    busy.endheaders(body[:10])
+    relay.post(numbered(2))  # answered after the relay has begun to read the one above
+    relay.terminate()
+    relay.told("STOPPING=1")
+    busy.send(body[10:])
+    assert busy.getresponse().status == 200
+    assert relay.process.wait(20) == 0
+    assert "Traceback" not in relay.log()
+    assert "Warning" not in relay.log()
+    idle.close()
+    busy.close()
+    with Relay(tmp_path, webex.url):
+        webex.wait_for(lambda: {1, 2} <= {n for n in numbers(webex) if n})
+
+
+def test_sigterm_lets_the_send_in_flight_end(tmp_path, webex):
+    release = threading.Event()
+    webex.faults.append(Fault(take=True, status=200, hold=release))
+    with Relay(tmp_path, webex.url) as relay:
+        relay.post(numbered(1))
+        relay.post(numbered(2))
+        webex.wait_for(lambda: webex.requests)
+        relay.terminate()
+        relay.told("STOPPING=1")
+        release.set()
+        assert relay.process.wait(20) == 0
+    with Relay(tmp_path, webex.url):
+        webex.wait_for(lambda: len(webex.messages) >= 2)
+    assert numbers(webex) == [1, 2]  # the first was recorded, and not sent again
+
+
+def test_a_client_that_says_nothing_does_not_keep_the_relay_from_stopping(tmp_path, webex):
+    with Relay(tmp_path, webex.url) as relay:
+        silent = relay.connect()
+        silent.connect()
+        relay.post(numbered(1))
+        assert relay.stop() == 0
+        silent.close()
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_an_fsync_stands_before_every_answer(tmp_path, webex):
+    trace = tmp_path / "trace"
+    calls = "trace=fsync,fdatasync,sendto,write"
+    relay = Relay(tmp_path, webex.url)
+    webex.fault_for = lambda _: Fault(status=401)  # so that only posts are written
+    relay.start("strace", "-D", "-f", "-qq", "-s", "40", "-e", calls, "-o", str(trace))
+    for number in range(20):
+        assert relay.post(numbered(number))[0] == 200
+    relay.told("20 waiting")
+    relay.terminate()
+    assert relay.process.wait(60) == 0
+    events = re.findall(
+        r'((?:fsync|fdatasync)\(\d+\)\s+= 0)|(sendto\(\d+, "HTTP/1\.1 200)', trace.read_text()
+    )
+    order = "".join("S" if synced else "A" for synced, _ in events)
+    assert order.count("A") == 20
+    for gap in order.split("A")[:20]:
+        assert "S" in gap, order
+
+
+def load(relay: Relay, first: int, stop_after: int, answered: list[int]) -> None:
+    """Post from four connections until so many were answered, then kill the relay in the middle."""
+    lock = threading.Lock()
+    counter = iter(range(first, first + 1000))
+    done = threading.Event()
+
+    def post_until_killed() -> None:
+        connection = relay.connect()
+        while not done.is_set():
+            with lock:
+                number = next(counter)
+            try:
+                status, _ = relay.post(numbered(number), connection=connection)
+            except (OSError, http.client.HTTPException) as error:
+                assert done.is_set() or relay.process.poll() is not None, error
+                break
+            assert status == 200
+            with lock:
+                answered.append(number)
+                if len(answered) >= stop_after and not done.is_set():
+                    done.set()
+                    relay.process.kill()
+        connection.close()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for result in [pool.submit(post_until_killed) for _ in range(4)]:
+            result.result(60)
+    relay.process.wait(20)
+
+
+def test_an_answered_alarm_survives_kill_9(tmp_path, webex):
+    dice = random.Random(5001)
+    taken_and_reset = Fault(take=True, reset_after=True)
+    kinds = [
+        Fault(status=503), Fault(status=429, headers={"Retry-After": "0"}), Fault(reset_before=True),
+        taken_and_reset, Fault(status=200, body=b"<html>"),
+    ]  # fmt: skip
+    used: list[Fault] = []
+
+    def fault_for(_: object) -> Fault | None:
+        used.append(dice.choice(kinds))
+        return used[-1] if dice.random() < 0.1 else used.pop() and None
+
+    webex.fault_for = fault_for
+    answered: list[int] = []
+    rounds = 20
+    for number in range(rounds):
+        relay = Relay(tmp_path, webex.url).start()
+        load(relay, 1000 * number, len(answered) + dice.randint(1, 150), answered)
+    webex.fault_for = lambda _: None
+    with Relay(tmp_path, webex.url) as relay:
+        relay.told(" 0 waiting", timeout_s=60)
+    assert len(used) > 5
+    arrived = numbers(webex)
+    assert set(answered) <= set(arrived)
+    # First arrivals are in the order of the spool ids, as far as the log has come to name them.
+    taken = re.findall(r"alarm (\d+) taken: .* uuid='uuid-(\d+)'", relay.log())
+    order = [int(number) for _, number in sorted(taken, key=lambda pair: int(pair[0]))]
+    first_arrivals = [number for number in dict.fromkeys(arrived) if number in set(order)]
+    assert first_arrivals == order
+    # Beside what was taken and then reset, only the one message in flight at each kill comes twice.
+    repeated = len(arrived) - len(set(arrived))
+    assert repeated <= rounds + used.count(taken_and_reset)
+    assert "Traceback" not in relay.log()
+
+
+def test_a_relay_whose_spool_fails_ends_with_74_and_says_why(tmp_path, webex):
+    relay = Relay(tmp_path, webex.url).start()
+    # A file that cannot grow any more, as on a full or broken disk.
+    resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE, (500_000, 500_000))
+    webex.fault_for = lambda _: Fault(status=401)
+    answers = [relay.post({"message": "x" * 100_000, "number": number}) for number in range(4)]
+    while answers[-1][0] == 200:
+        answers.append(relay.post({"message": "x" * 100_000, "number": len(answers)}))
+    status, answer = answers[-1]
+    assert status == 503
+    assert "spool" in answer["error"]
+    assert relay.process.wait(20) == 74
+    assert "the spool cannot be read or written: " in relay.log()
+    assert "Traceback" not in relay.log()
+
+
+def test_the_program_is_one_file_and_runs_from_anywhere(tmp_path, webex):
+    copied = tmp_path / "copied.py"
+    copied.write_bytes(PROGRAM.read_bytes())
+    relay = Relay(tmp_path, webex.url)
+    relay.command[-1] = str(copied)
+    relay.command[1:1] = ["-I", "-S"]  # nothing but the standard library can be imported
+    with relay:
+        relay.post(numbered(1))
+        webex.wait_for(lambda: webex.messages)

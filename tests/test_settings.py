@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from alarmrelay import SETTINGS, RelayError, read_settings
 from harness import PROGRAM, environment
+
+from alarmrelay import SETTINGS, RelayError, read_settings
 
 GOOD = {
     "bearer_token": "NjM0-token_of.a~bot",
@@ -122,7 +123,9 @@ def test_missing_settings_are_named_all_at_once_with_the_line_to_export_them(tmp
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 5
-    for name, line in zip(["bearer_token", "room_id", "webhook_username", "webhook_password"], lines):
+    for name, line in zip(
+        ["bearer_token", "room_id", "webhook_username", "webhook_password"], lines
+    ):
         assert f"{name}: " in line
         assert f"export {name}=" in line
     assert "'nonsense'" in lines[4]

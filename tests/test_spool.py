@@ -9,10 +9,11 @@ import sqlite3
 import threading
 import time
 
-import alarmrelay
 import pytest
-from alarmrelay import Posted, Refused, RelayError, Spool
 from harness import Relay, environment
+
+import alarmrelay
+from alarmrelay import Posted, Refused, RelayError, Spool
 
 NUMBERS = itertools.count()
 
@@ -98,7 +99,9 @@ def test_many_threads_lose_nothing(spool):
         ids = [spool_id for ids in ranges for spool_id in ids]
     assert sorted(ids) == list(range(1, 1001))
     assert spool.waiting == 1000
-    assert sorted(drain(spool)) == sorted([str(i) for i in range(500)] + [f"{i} too" for i in range(500)])
+    assert sorted(drain(spool)) == sorted(
+        [str(i) for i in range(500)] + [f"{i} too" for i in range(500)]
+    )
 
 
 def test_the_same_request_within_ten_minutes_is_a_duplicate(spool):
