@@ -63,7 +63,8 @@ DRAIN_BLOCKS = 1024  # of a refused body are read and thrown away, so that the a
 CLIENT_S = 75.0  # for a client's next byte; an idle connection lives that long
 DUPLICATE_MS = 10 * 60_000  # the same bytes to the same path within this time are a sender's retry
 WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
-RETENTION_STEP, RETENTION_S = 500, 60.0  # old alarms deleted at a time, seconds between two looks
+RETENTION_STEP = 500  # old alarms deleted at a time: a few milliseconds in which a post may wait
+TICK_S = 1.0  # between two looks at the status line and at alarms past retention_days
 REQUEST_S = 60.0  # one request to Webex, from the name lookup to the answer's last byte
 ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
@@ -559,7 +560,6 @@ class Courier:
     zone: tzinfo
     spool: Spool
     webex: Webex
-    changed: Callable[[], object] = lambda: None  # called when there is news for the status line
     clock: Callable[[], float] = time.time
     trouble: str = ""  # what is in the way of delivery
     failures: int = 0  # in a row
@@ -608,7 +608,6 @@ class Courier:
                 log.log(
                     logging.WARNING if passes else logging.ERROR, "room %s, %s", self.room, words
                 )
-        self.changed()
         return wait_s
 
     def run(self) -> None:
@@ -625,11 +624,11 @@ class Courier:
                 self.stopping.wait(wait_s)
             elif not self.stopping.is_set():  # set before arrived, which step() clears
                 self.arrived.wait()
-        self.changed()
 
-    def wake(self) -> None:
+    def stop(self) -> None:
+        """Let the attempt under way be the last."""
+        self.stopping.set()
         self.arrived.set()
-        self.changed()
 
 
 # === HTTP =========================================================================================
@@ -759,10 +758,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         posted = Posted(
             courier.room, request, int(time.time() * 1000), [text for text, _ in alarms]
         )
-        try:
-            ids = self.server.spool.store(posted)
-        finally:
-            courier.wake()  # also if the spool broke: the process must end
+        ids = self.server.spool.store(posted)
+        courier.arrived.set()
         sender = self.client_address[0]
         for spool_id, (_, alarm) in zip(ids, alarms):
             rule, uuid = alarm_name(alarm)[:99], str(alarm.get("uuid"))[:99]
@@ -882,40 +879,35 @@ def serve(environ: Mapping[str, str]) -> None:
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     state = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd joins several with colons
     spool = Spool(Path(state or os.path.join(home, "alarmrelay")))
-    news = threading.Event()  # something may be to tell or to do
     webex = Webex(settings["webex_url"], settings["bearer_token"])
-    zone, room_id = settings["time_zone"], settings["room_id"]
-    courier = Courier("/", room_id, zone, spool, webex, news.set)
+    courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
     server = Server(settings, spool, [courier])
-
-    def stop(*_: object) -> None:
-        courier.stopping.set()
-        news.set()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    # Blocked in all threads and taken by sigtimedwait() alone. A handler would run in the middle of
+    # anything, such as holding the lock that it needs.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     delivery = threading.Thread(target=courier.run, name="courier", daemon=True)
     delivery.start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
 
-    said = ""
-    while not courier.stopping.is_set() and not spool.error:
+    said, wait_s = "", 0.0
+    while not signal.sigtimedwait(signals, wait_s) and not spool.error:
         words = f"listening on {settings['listen'][0]} port {server.server_port}; "
         words += f"{spool.waiting} waiting, {spool.delivered} delivered"
         words += f"; {courier.trouble}" if courier.trouble else ""
-        if words != said:
-            notify(environ, *([] if said else ["READY=1"]), f"STATUS={words}")
-        said = words
+        if not said:
+            log.info("alarmrelay %s %s", __version__, words)
+            notify(environ, "READY=1", f"STATUS={words}")
+        elif words != said:
+            notify(environ, f"STATUS={words}")
         oldest_ms = int(time.time() * 1000) - settings["retention_days"] * 86_400_000
-        if spool.delete_delivered(oldest_ms) < RETENTION_STEP:
-            news.wait(RETENTION_S)
-        news.clear()
+        spool.delete_delivered(oldest_ms)
+        said, wait_s = words, TICK_S
 
     notify(environ, "STOPPING=1")
     deadline = time.monotonic() + STOP_S
     server.finish(deadline)
-    courier.stopping.set()
-    courier.arrived.set()
+    courier.stop()
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:
         raise spool.error
