@@ -7,7 +7,6 @@
 
 An alarm that was answered with 200 is on disk and reaches the room: at least once, oldest first,
 whatever is killed, slow, down or misconfigured in between. vManage never waits for Webex.
-One file, standard library only, Python 3.9 or newer, to be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -119,13 +118,11 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
 
 
 def read_setting(name: str, environ: Mapping[str, str], problems: list[str]) -> Any:
-    """Return one setting, checked, or add a line for the operator to the problems.
-
-    A file in $CREDENTIALS_DIRECTORY wins over the variable (systemd.exec(5), "Credentials").
-    """
+    """Return one setting, checked, or add a line for the operator to the problems."""
     default, form, parse, expected = SETTINGS[name]
     text, credentials = environ.get(name, ""), environ.get("CREDENTIALS_DIRECTORY")
     try:
+        # systemd.exec(5), "Credentials".
         if credentials and Path(credentials, name).exists():
             text = Path(credentials, name).read_text(encoding="utf-8")
         text = text.strip() or default
@@ -135,9 +132,10 @@ def read_setting(name: str, environ: Mapping[str, str], problems: list[str]) -> 
         if name == "time_zone" and not zoneinfo.available_timezones():
             expected = "a time zone database, which this host lacks: install the package tzdata"
     is_secret = name in ("bearer_token", "webhook_password") or "@" in text
-    found = f"found {'something that is not shown' if is_secret else repr(text[:99])}"
-    missing = f"it is missing: export {name}=..."
-    problems.append(f"{name}: expected {expected}, {found if text else missing}")
+    found = "found something that is not shown" if is_secret else f"found {text[:99]!r}"
+    problems.append(
+        f"{name}: expected {expected}, {found if text else f'it is missing: export {name}=...'}"
+    )
     return None
 
 
@@ -168,15 +166,13 @@ MARKUP = re.compile(r"[\\`*\[\]~<>&]|(?<!\w)_+|_+(?!\w)")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 ATOMS = re.compile(r"(?:\\.|&\w+;|[^\\&])*")  # escaped text that does not end in the middle of one
 
-# Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm.
+# Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm,
+# nor is a byte that is no UTF-8, which becomes U+FFFD.
 DECODER = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 400 else n, strict=False)
 
 
 def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
-    """Return a request's alarms, each with the JSON text to keep; raise Refused.
-
-    A wrong byte becomes U+FFFD: a garbled name in the room is better than no alarm.
-    """
+    """Return a request's alarms, each with the JSON text to keep; raise Refused."""
     if not body.strip():
         raise Refused(400, "the body is empty, expected an alarm as JSON")
     try:
@@ -192,10 +188,7 @@ def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
 
 
 def show(value: object) -> str:
-    """Return a string, or anything else as JSON, so that Webex shows it as it is.
-
-    It cannot mention, link, format or break the line.
-    """
+    """Return text, or anything else as JSON, such that Webex shows it literally in one line."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except RecursionError:
@@ -237,10 +230,7 @@ def alarm_values(alarm: Alarm) -> list[tuple[str, object]]:
 
 
 def fit(lines: Sequence[str], last: Sequence[str]) -> str:
-    """Return the lines, and `last` in any case, as one message of at most MESSAGE_BYTES.
-
-    One that is too long ends between two lines; only the first line may end in its middle.
-    """
+    """Return the lines, and `last` in any case, as one message of at most MESSAGE_BYTES."""
     whole = "<br>".join([*lines, *last])
     if len(whole.encode()) <= MESSAGE_BYTES:
         return whole
@@ -249,7 +239,7 @@ def fit(lines: Sequence[str], last: Sequence[str]) -> str:
     sizes = itertools.accumulate(len(f"<br>{line}".encode()) for line in lines)
     kept = sum(1 for _ in itertools.takewhile(lambda size: size <= left, sizes))
     text = "<br>".join(lines[:kept])
-    if not kept:
+    if not kept:  # only the first line may end in its middle
         kept, text = 1, lines[0].encode()[:left].decode(errors="ignore")
         text = "".join(ATOMS.findall(text)[:1])
     return f"{text}{end}<br>… ({len(lines) - kept} more lines)"
@@ -292,8 +282,6 @@ SCHEMA = """
     CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL;
 """
 INSERT = "INSERT INTO alarm (id, room, received_ms, request, body) VALUES (?, ?, ?, ?, ?)"
-COUNT_WAITING = "SELECT count(*) FROM alarm WHERE delivered_ms IS NULL"
-NEWEST_REQUESTS = "SELECT request, received_ms FROM alarm ORDER BY id DESC"
 OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm
     WHERE room = ? AND delivered_ms IS NULL ORDER BY id LIMIT 1"""
 SET_DELIVERED = "UPDATE alarm SET delivered_ms = ?, message_id = ? WHERE id = ?"
@@ -322,18 +310,23 @@ class Spool:
         self.delivered = 0  # since the start
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path, connect = directory / "alarmrelay.db", sqlite3.connect
-            self._db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                directory / "alarmrelay.db",
+                timeout=0,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            execute = self._db.execute
             # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one
             # fsync for each commit, NORMAL would be none (sqlite.org/pragma.html).
             for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
-                self._db.execute(f"PRAGMA {pragma}")
+                execute(f"PRAGMA {pragma}")
             self._db.executescript(f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT;")
-            ((self._last_id,),) = self._db.execute("SELECT ifnull(max(id), 0) FROM alarm")
-            ((self.waiting,),) = self._db.execute(COUNT_WAITING)
+            ((self._last_id,),) = execute("SELECT ifnull(max(id), 0) FROM alarm")
+            ((self.waiting,),) = execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
             # A relay that was killed between its commit and its answer meets the sender's retry.
             oldest_ms = int(time.time() * 1000) - DUPLICATE_MS
-            newest = self._db.execute(NEWEST_REQUESTS)
+            newest = execute("SELECT request, received_ms FROM alarm ORDER BY id DESC")
             recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
             self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
         except (OSError, sqlite3.Error) as error:
@@ -368,8 +361,8 @@ class Spool:
     def store(self, posted: Posted) -> range:
         """Put a request's alarms on disk and return their ids, none if it is a duplicate.
 
-        Requests that come while another's commit is under way share the next: whoever gets the lock
-        first commits for all. Raise Refused, and nothing is acknowledged.
+        Requests that come while another's commit is under way share the next one: whoever gets the
+        lock first commits for all. Raise Refused, and nothing is acknowledged.
         """
         self.check()
         # Before the lock: whoever finds itself without ids under the lock is still in the queue.
@@ -539,12 +532,12 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connect, req)
 
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connect, req, context=self._tls)
+    https_open = http_open
 
     def _connect(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if "context" in options else http.client.HTTPConnection
-        self._connection = kind(host, **options)
+        self._connection = http.client.HTTPConnection(host, **options)
+        if self._url.startswith("https:"):
+            self._connection = http.client.HTTPSConnection(host, context=self._tls, **options)
         return self._connection
 
 
@@ -563,51 +556,45 @@ class Courier:
     clock: Callable[[], float] = time.time
     trouble: str = ""  # what is in the way of delivery
     failures: int = 0  # in a row
-    plain_id: int = 0  # the alarm whose markdown Webex has refused
     arrived: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def step(self) -> float | None:
-        """Make one attempt to deliver the oldest alarm.
-
-        Return the seconds to wait before the next, None for as long as no alarm arrives.
-        """
+        """Try to deliver the oldest alarm; return the seconds to wait, None for an arrival."""
         self.arrived.clear()  # before the look into the spool, or an arrival in between is missed
         alarm = self.spool.oldest_waiting(self.room)
         if alarm is None:
             return None
         spool_id, received_ms, body = alarm
-        now_s = self.clock()
-        message = format_message(DECODER.decode(body), received_ms, int(now_s * 1000), self.zone)
-        is_plain = spool_id == self.plain_id
-        form = {"text": plain_text(message)} if is_plain else {"markdown": message}
-        answer = self.webex.post_message({"roomId": self.room_id, **form})
-        verdict = judge(answer, self.failures, datetime.fromtimestamp(now_s, timezone.utc))
-        self.failures = self.failures + 1 if verdict.kind == "failed" else 0
-        if verdict.kind == "delivered":
-            now_s, self.trouble = self.clock(), ""
-            self.spool.set_delivered(spool_id, verdict.reason, int(now_s * 1000))
-            age_s = now_s - received_ms / 1000
-            log.info("alarm %d delivered: message=%s after %.1f s", spool_id, verdict.reason, age_s)
-        elif verdict.kind == "refused" and not is_plain:
+        now = datetime.fromtimestamp(self.clock(), timezone.utc)
+        now_ms = int(now.timestamp() * 1000)
+        message = format_message(DECODER.decode(body), received_ms, now_ms, self.zone)
+        answer = self.webex.post_message({"roomId": self.room_id, "markdown": message})
+        verdict = judge(answer, self.failures, now)
+        if verdict.kind == "refused":
             log.warning("alarm %d goes again as plain text: %s", spool_id, verdict.reason)
-            self.plain_id = spool_id
-            return 0.0
-        elif verdict.kind in ("refused", "held"):
-            self.plain_id = 0
-        wait_s = verdict.wait_s
-        if verdict.kind == "failed":
-            wait_s *= secrets.SystemRandom().uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+            answer = self.webex.post_message({"roomId": self.room_id, "text": plain_text(message)})
+            verdict = judge(answer, self.failures, now)
+        self.failures = self.failures + 1 if verdict.kind == "failed" else 0
         if verdict.kind != "delivered":
-            trouble, self.trouble = self.trouble, f"delivery {verdict.kind}: {verdict.reason}"
-            # What the operator has to mend is said once; of what passes, every attempt is news.
-            passes = verdict.kind in ("paused", "failed")
-            if passes or trouble != self.trouble:
-                words = f"{self.trouble} (trackingId {verdict.tracking_id or 'none'})"
-                words = f"alarm {spool_id}: {words}; tried again in {wait_s:.0f} s"
-                log.log(
-                    logging.WARNING if passes else logging.ERROR, "room %s, %s", self.room, words
-                )
+            return self._report(spool_id, verdict)
+        now_ms, self.trouble = int(self.clock() * 1000), ""
+        self.spool.set_delivered(spool_id, verdict.reason, now_ms)
+        seconds = (now_ms - received_ms) / 1000
+        log.info("alarm %d delivered: message=%s after %.1f s", spool_id, verdict.reason, seconds)
+        return 0.0
+
+    def _report(self, spool_id: int, verdict: Verdict) -> float:
+        jitter = RETRY_JITTER if verdict.kind == "failed" else 0.0
+        wait_s = verdict.wait_s * secrets.SystemRandom().uniform(1 - jitter, 1 + jitter)
+        trouble, self.trouble = self.trouble, f"delivery {verdict.kind}: {verdict.reason}"
+        # What the operator has to mend is said once; of what passes, every attempt is news.
+        passes = verdict.kind in ("paused", "failed")
+        if passes or trouble != self.trouble:
+            words = f"room {self.room}, alarm {spool_id}: {self.trouble}"
+            words += f" (trackingId {verdict.tracking_id})" if verdict.tracking_id else ""
+            level = logging.WARNING if passes else logging.ERROR
+            log.log(level, "%s; tried again in %.0f s", words, wait_s)
         return wait_s
 
     def run(self) -> None:
@@ -624,11 +611,6 @@ class Courier:
                 self.stopping.wait(wait_s)
             elif not self.stopping.is_set():  # set before arrived, which step() clears
                 self.arrived.wait()
-
-    def stop(self) -> None:
-        """Let the attempt under way be the last."""
-        self.stopping.set()
-        self.arrived.set()
 
 
 # === HTTP =========================================================================================
@@ -701,7 +683,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Refused as refusal:
             log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
             self.close_connection |= "Connection" in refusal.headers
-            self.answer(refusal.status, {"error": str(refusal)}, refusal.headers)
+            self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
             # Read the rest, so that it is certain where the next request begins; and a client that
             # sends all before it reads gets the answer: closing on unread bytes is a reset.
             is_last, self.close_connection = self.close_connection, True
@@ -717,7 +699,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise Refused(400, f"the header cannot be read ({reason})", Connection="close")
 
     def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
-        """Do what the request asks and return the answer; raise Refused or SpoolError."""
+        """Do what the request asks and return the answer; raise Refused."""
         path = self.path.partition("?")[0]
         allowed = "GET" if path == "/healthz" else "POST"
         if path != "/healthz":
@@ -754,10 +736,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
         alarms = parse_alarms(content)
+        bodies, now_ms = [text for text, _ in alarms], int(time.time() * 1000)
         request = hashlib.blake2b(courier.room.encode() + b"\n" + content, digest_size=16).digest()
-        posted = Posted(
-            courier.room, request, int(time.time() * 1000), [text for text, _ in alarms]
-        )
+        posted = Posted(courier.room, request, now_ms, bodies)
         ids = self.server.spool.store(posted)
         courier.arrived.set()
         sender = self.client_address[0]
@@ -769,9 +750,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.info("%s sent again what was taken before: not stored twice", sender)
         return {"status": "accepted" if ids else "duplicate"}
 
-    def answer(
-        self, status: int, content: Mapping[str, str], headers: Mapping[str, str] | None = None
-    ) -> None:
+    def answer(self, status: int, content: Mapping[str, str], **headers: str) -> None:
         """Send header and body at once: apart, they would wait for each other's acknowledgement."""
         body = json.dumps(content).encode()
         fields = {
@@ -779,7 +758,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
             "Connection": "close" if self.close_connection else "keep-alive",
-            **(headers or {}),
+            **headers,
         }
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
@@ -792,9 +771,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True  # an idle client must not keep the process from ending
     request_queue_size = 1024  # connections that the kernel keeps for the accept loop
 
-    def __init__(
-        self, settings: Mapping[str, Any], spool: Spool, couriers: Sequence[Courier]
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
         self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
         self.spool = spool
         self.couriers = {courier.room: courier for courier in couriers}
@@ -814,13 +791,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         else:
             log.exception("%s met an error in alarmrelay itself", client_address[0])
 
-    def finish(self, deadline: float) -> None:
-        """Stop listening and wait for the answers that are owed, until this monotonic time."""
-        self.shutdown()
-        self.server_close()
-        while self.owed and time.monotonic() < deadline:
-            time.sleep(0.02)
-
 
 # === systemd ======================================================================================
 
@@ -831,15 +801,13 @@ class LineFormatter(logging.Formatter):
     def __init__(self, environ: Mapping[str, str]) -> None:
         stderr = os.fstat(2)
         self._is_journal = environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-        super().__init__(
-            "%(message)s" if self._is_journal else "%(asctime)s %(levelname)s %(message)s"
-        )
+        start = "" if self._is_journal else "%(asctime)s %(levelname)s "
+        super().__init__(f"{start}%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, with its priority for the journal (sd-daemon(3))."""
-        line = BREAKING.sub(
-            lambda m: m[0].encode("unicode_escape").decode(), super().format(record)
-        )
+        line = super().format(record)
+        line = BREAKING.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
         priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
         return f"<{priority}>{line}" if self._is_journal else line
 
@@ -881,7 +849,7 @@ def serve(environ: Mapping[str, str]) -> None:
     spool = Spool(Path(state or os.path.join(home, "alarmrelay")))
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
-    server = Server(settings, spool, [courier])
+    server = Server(settings, spool, courier)
     # Blocked in all threads and taken by sigtimedwait() alone. A handler would run in the middle of
     # anything, such as holding the lock that it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
@@ -906,8 +874,12 @@ def serve(environ: Mapping[str, str]) -> None:
 
     notify(environ, "STOPPING=1")
     deadline = time.monotonic() + STOP_S
-    server.finish(deadline)
-    courier.stop()
+    server.shutdown()
+    server.server_close()
+    while server.owed and time.monotonic() < deadline:
+        time.sleep(0.02)
+    courier.stopping.set()
+    courier.arrived.set()
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:
         raise spool.error
@@ -916,10 +888,7 @@ def serve(environ: Mapping[str, str]) -> None:
 
 def main() -> int:
     """Run the command that the arguments name; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="alarmrelay.py",
-        description="Relay alarms from Cisco vManage to a Webex room, as the environment says.",
-    )
+    parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
     parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = commands.add_parser("preview", help="print the message for an alarm, send nothing")

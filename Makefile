@@ -1,0 +1,20 @@
+PYTHON = python3
+VENV = .venv/$(notdir $(PYTHON))
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: ## the relay and a stand-in for Webex, with the sample alarms, in a few seconds
+	@$(PYTHON) tests/demo.py
+
+test: $(VENV)/bin/pytest ## the tests; PYTHON=python3.9 for another Python
+	$(VENV)/bin/python -m pytest -q tests
+
+$(VENV)/bin/pytest:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
+
+clean: ## remove .venv and what Python leaves behind
+	rm -rf .venv __pycache__ tests/__pycache__
+
+.PHONY: help demo test clean

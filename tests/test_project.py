@@ -1,0 +1,114 @@
+"""What the README promises of the file, the unit and the settings."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alarmrelay import SETTINGS
+from harness import PROGRAM
+
+TOP = PROGRAM.parent
+README = (TOP / "README.md").read_text(encoding="utf-8")
+UNIT = (TOP / "alarmrelay.service").read_text(encoding="utf-8")
+
+
+def test_the_program_stays_within_its_budget_of_lines():
+    assert len(PROGRAM.read_text(encoding="utf-8").splitlines()) <= 1200
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="sys.stdlib_module_names is new in 3.10")
+def test_the_program_imports_the_standard_library_alone():
+    imported = set()
+    for node in ast.walk(ast.parse(PROGRAM.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported
+    assert imported <= set(sys.stdlib_module_names)
+
+
+def test_the_readmes_table_of_settings_is_that_of_the_program():
+    rows = re.findall(r"^\| `(\w+)` \| (?:`([^`]*)`|required) \|", README, re.MULTILINE)
+    documented = [(name, default) for name, default in rows if name in SETTINGS]
+    assert documented == [(name, SETTINGS[name][0]) for name in SETTINGS]
+
+
+def test_the_readme_quotes_the_log_as_it_is():
+    source = PROGRAM.read_text(encoding="utf-8")
+    for words in (
+        "goes again as plain text",
+        "not stored twice",
+        "no credentials",
+        "wrong credentials",
+    ):
+        assert words in source
+        assert words in README
+
+
+def test_only_what_belongs_stands_at_the_top_level():
+    if not (TOP / ".git").exists():
+        pytest.skip("this is no checkout")
+    done = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=True)
+    entries = {line.split("/")[0] for line in done.stdout.splitlines()}
+    visible = {entry for entry in entries if not entry.startswith(".")}
+    assert visible == {"alarmrelay.py", "alarmrelay.service", "tests", "Makefile", "README.md"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Type=notify",
+        "DynamicUser=yes",
+        "StateDirectory=alarmrelay",
+        "EnvironmentFile=/etc/alarmrelay.env",
+        "Restart=always",
+        "RestartPreventExitStatus=78",
+        "StartLimitIntervalSec=0",
+        "ExecStart=/usr/bin/python3 /usr/local/bin/alarmrelay.py",
+    ],
+)
+def test_the_unit_says(line):
+    assert line in UNIT.splitlines()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="there is no /usr/bin/python3")
+def test_systemd_has_nothing_to_say_against_the_unit():
+    command = ["systemd-analyze", "verify", str(TOP / "alarmrelay.service")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(
+        ["make", "-s", "help"], cwd=TOP, capture_output=True, text=True, check=True
+    )
+    targets = set(re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE))
+    assert {line.split()[0] for line in done.stdout.splitlines()} == targets
+
+
+def test_make_demo_tells_the_story_and_ends_by_itself(tmp_path):
+    environ = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["make", "-s", "demo", f"PYTHON={sys.executable}"]
+    done = subprocess.run(
+        command, cwd=TOP, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        'system_reboot_issued.json  ->  200 {"status": "accepted"}',
+        'hostile_text.json  ->  200 {"status": "duplicate"}',
+        '401 {"error": "wrong credentials"}',
+        "**Receive Time:** Sat Jan 18 05:57:01 2020 CET",
+        "✅ cleared (Medium)",
+        "delivery failed: 503",
+        "Each alarm was on disk before it was answered with 200.",
+    ):
+        assert part in done.stdout
