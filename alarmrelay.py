@@ -6,7 +6,7 @@
                                              Courier --urllib, Bearer--> Webex POST /v1/messages
 
 An alarm that was answered with 200 is on disk and reaches the room: at least once, oldest first,
-whatever is killed, slow, down or misconfigured in between. vManage never waits for Webex.
+whatever is killed, slow, down or misconfigured. vManage never waits for Webex.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ STOP_S = 10.0  # for the requests and the send in flight when the relay is stopp
 
 
 class RelayError(Exception):
-    """What ends the program: its text says what, why and what to do."""
+    """What ends the program; sysexits.h: 74 I/O, 75 already running, 78 settings."""
 
     def __init__(self, text: str, exit_status: int = 74) -> None:
         super().__init__(text)
-        self.exit_status = exit_status  # sysexits.h: 74 I/O, 75 already running, 78 settings
+        self.exit_status = exit_status
 
 
 class Refused(RelayError):
@@ -94,11 +94,9 @@ class Refused(RelayError):
 
 
 def parse_listen(text: str) -> tuple[str, int]:
-    """Return address and port of `0.0.0.0:5001` or `[::]:5001`; raise ValueError."""
+    """Return address and port of `0.0.0.0:5001` or `[::]:5001`; raise ValueError or IndexError."""
     host, _, port = text.rpartition(":")
-    if int(port) > 65535:
-        raise ValueError(text)
-    return str(ipaddress.ip_address(host.strip("[]"))), int(port)
+    return str(ipaddress.ip_address(host.strip("[]"))), range(65536)[int(port)]
 
 
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
@@ -120,22 +118,19 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
 def read_setting(name: str, environ: Mapping[str, str], problems: list[str]) -> Any:
     """Return one setting, checked, or add a line for the operator to the problems."""
     default, form, parse, expected = SETTINGS[name]
-    text, credentials = environ.get(name, ""), environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)  # systemd.exec(5)
+    text = environ.get(name, "")
     try:
-        # systemd.exec(5), "Credentials".
-        if credentials and Path(credentials, name).exists():
-            text = Path(credentials, name).read_text(encoding="utf-8")
-        text = text.strip() or default
+        text = (path.read_text(encoding="utf-8") if path.exists() else text).strip() or default
         if re.fullmatch(form, text):
             return parse(text)
-    except (OSError, KeyError, ValueError):  # ZoneInfo raises each of them
+    except (OSError, LookupError, ValueError):  # ZoneInfo raises each of them
         if name == "time_zone" and not zoneinfo.available_timezones():
             expected = "a time zone database, which this host lacks: install the package tzdata"
-    is_secret = name in ("bearer_token", "webhook_password") or "@" in text
-    found = "found something that is not shown" if is_secret else f"found {text[:99]!r}"
-    problems.append(
-        f"{name}: expected {expected}, {found if text else f'it is missing: export {name}=...'}"
-    )
+    found = repr(text[:99]) if text else f"nothing: export {name}=..."
+    if text and (name in ("bearer_token", "webhook_password") or "@" in text):
+        found = "something that is not shown"
+    problems.append(f"{name}: expected {expected}, found {found}")
     return None
 
 
@@ -176,10 +171,11 @@ def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
     if not body.strip():
         raise Refused(400, "the body is empty, expected an alarm as JSON")
     try:
-        text = body.decode(json.detect_encoding(body), "replace").lstrip("\ufeff")
-        content = DECODER.decode(text)
+        content = DECODER.decode(
+            body.decode(json.detect_encoding(body), "replace").lstrip("\ufeff")
+        )
         alarms = content if isinstance(content, list) else [content]
-        texts = [json.dumps(alarm) for alarm in alarms] if alarms is content else [text]
+        texts = [json.dumps(alarm) for alarm in alarms]
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON that can be read: {error}") from error
     if not alarms or not all(isinstance(alarm, dict) for alarm in alarms):
@@ -189,10 +185,7 @@ def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
 
 def show(value: object) -> str:
     """Return text, or anything else as JSON, such that Webex shows it literally in one line."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        text = "(nested too deeply to be shown)"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = BREAKING.sub(" ", text[:MESSAGE_BYTES])  # the rest would be cut off anyway
     return MARKUP.sub(lambda m: ENTITIES.get(m[0]) or re.sub("(.)", r"\\\1", m[0]), text)
 
@@ -240,8 +233,7 @@ def fit(lines: Sequence[str], last: Sequence[str]) -> str:
     kept = sum(1 for _ in itertools.takewhile(lambda size: size <= left, sizes))
     text = "<br>".join(lines[:kept])
     if not kept:  # only the first line may end in its middle
-        kept, text = 1, lines[0].encode()[:left].decode(errors="ignore")
-        text = "".join(ATOMS.findall(text)[:1])
+        kept, text = 1, ATOMS.findall(lines[0].encode()[:left].decode(errors="ignore"))[0]
     return f"{text}{end}<br>… ({len(lines) - kept} more lines)"
 
 
@@ -272,14 +264,17 @@ def plain_text(markdown: str) -> str:
 # Only this class touches the database. Every method is one transaction under one lock, and none
 # calls out while holding it. What a method has returned from is on disk.
 
-# id: the order of arrival. room: the path posted to. request: hash of all that was posted with it.
-# body: the alarm's JSON. delivered_ms: NULL while it waits. message_id: Webex's. Times: epoch ms.
+# Exclusive before WAL: no other process can open the file. In WAL mode FULL is one fsync for each
+# commit, NORMAL would be none (sqlite.org/pragma.html). Times are epoch milliseconds.
 SCHEMA = """
+    PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+    BEGIN EXCLUSIVE;
     CREATE TABLE IF NOT EXISTS alarm (
         id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
         request BLOB NOT NULL, body TEXT NOT NULL, delivered_ms INTEGER, message_id TEXT);
     CREATE INDEX IF NOT EXISTS waiting ON alarm (room, id) WHERE delivered_ms IS NULL;
     CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL;
+    COMMIT;
 """
 INSERT = "INSERT INTO alarm (id, room, received_ms, request, body) VALUES (?, ?, ?, ?, ?)"
 OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm
@@ -291,47 +286,37 @@ DELETE_DELIVERED = """DELETE FROM alarm WHERE id IN
 
 @dataclass
 class Posted:
-    """The alarms of one request on their way to the disk."""
+    """The alarms of a request on their way to the disk; then with ids, none for a duplicate."""
 
-    room: str
-    request: bytes
+    room: str  # its path
+    request: bytes  # a hash of all that was posted
     received_ms: int
     bodies: Sequence[str]
-    ids: range | None = None  # once they are there; empty if the request is a duplicate
+    ids: range | None = None
 
 
 class Spool:
     """The alarms on disk: those that wait, and those delivered in the last retention_days."""
 
     def __init__(self, directory: Path) -> None:
-        self._lock = threading.Lock()  # guards the connection and all below
+        self._lock = threading.RLock()  # guards the connection and all below
         self._posted: collections.deque[Posted] = collections.deque()
         self.error: Refused | None = None  # what broke it
         self.delivered = 0  # since the start
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                directory / "alarmrelay.db",
-                timeout=0,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            execute = self._db.execute
-            # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one
-            # fsync for each commit, NORMAL would be none (sqlite.org/pragma.html).
-            for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
-                execute(f"PRAGMA {pragma}")
-            self._db.executescript(f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT;")
-            ((self._last_id,),) = execute("SELECT ifnull(max(id), 0) FROM alarm")
-            ((self.waiting,),) = execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
+            path = directory / "alarmrelay.db"
+            db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._db = db
+            db.executescript(SCHEMA)
+            ((self._last_id,),) = db.execute("SELECT ifnull(max(id), 0) FROM alarm")
+            ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
             # A relay that was killed between its commit and its answer meets the sender's retry.
             oldest_ms = int(time.time() * 1000) - DUPLICATE_MS
-            newest = execute("SELECT request, received_ms FROM alarm ORDER BY id DESC")
+            newest = db.execute("SELECT request, received_ms FROM alarm ORDER BY id DESC")
             recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
             self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
         except (OSError, sqlite3.Error) as error:
-            with contextlib.suppress(AttributeError):  # there is none if it was not even connected
-                self._db.close()
             if "locked" in str(error):
                 raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
@@ -341,28 +326,30 @@ class Spool:
         if self.error:
             raise self.error
         if self.waiting >= WAITING_ALARMS:
-            text = f"{self.waiting} alarms wait for Webex, and no more are kept"
-            raise Refused(503, text, **{"Retry-After": "30"})
+            raise Refused(
+                503, f"{self.waiting} alarms wait, no more are kept", **{"Retry-After": "30"}
+            )
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        if self.error:
-            raise self.error
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            # For good: after a failed fsync the kernel may have dropped the pages, and the next one
-            # says that all is well. Only a new process that reads the file knows what it holds.
-            self.error = Refused(503, f"the spool cannot be read or written: {error}")
-            raise self.error from error
+    def _execute(self, statement: str, *rows: Sequence[object]) -> list[Any]:
+        with self._lock:
+            if self.error:
+                raise self.error
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                found = [result for row in rows for result in self._db.execute(statement, row)]
+                self._db.execute("COMMIT")
+                return found
+            except sqlite3.Error as error:
+                # For good: after a failed fsync the kernel may have dropped the pages, and the next
+                # says that all is well. Only a new process that reads the file knows what it holds.
+                self.error = Refused(503, f"the spool cannot be read or written: {error}")
+                raise self.error from error
 
     def store(self, posted: Posted) -> range:
-        """Put a request's alarms on disk and return their ids, none if it is a duplicate.
+        """Put a request's alarms on disk and return their ids; raise Refused.
 
         Requests that come while another's commit is under way share the next one: whoever gets the
-        lock first commits for all. Raise Refused, and nothing is acknowledged.
+        lock first commits for all.
         """
         self.check()
         # Before the lock: whoever finds itself without ids under the lock is still in the queue.
@@ -386,32 +373,24 @@ class Spool:
             for self._last_id, body in zip(posted.ids, bodies):
                 rows.append((self._last_id, posted.room, now_ms, posted.request, body))
             recent.setdefault(posted.request, now_ms)
-        with self._transaction() as db:
-            db.executemany(INSERT, rows)
+        self._execute(INSERT, *rows)
         self.waiting += len(rows)
 
     def oldest_waiting(self, room: str) -> Sequence[Any] | None:
-        """Return id, received_ms and body of the oldest alarm that waits for the room."""
-        with self._lock, self._transaction() as db:
-            rows = db.execute(OLDEST_WAITING, (room,)).fetchall()
-        return rows[0] if rows else None
+        rows = self._execute(OLDEST_WAITING, (room,))
+        return rows[0] if rows else None  # id, received_ms, body
 
     def set_delivered(self, spool_id: int, message_id: str, delivered_ms: int) -> None:
         """Record that an alarm stands in the room, in the Webex message with this id."""
-        with self._lock, self._transaction() as db:
-            db.execute(SET_DELIVERED, (delivered_ms, message_id, spool_id))
-            self.waiting -= 1
-            self.delivered += 1
+        with self._lock:
+            self._execute(SET_DELIVERED, (delivered_ms, message_id, spool_id))
+            self.waiting, self.delivered = self.waiting - 1, self.delivered + 1
 
-    def delete_delivered(self, before_ms: int) -> int:
-        """Delete at most RETENTION_STEP alarms delivered before then; return how many."""
-        with self._lock, self._transaction() as db:
-            return db.execute(DELETE_DELIVERED, (before_ms, RETENTION_STEP)).rowcount
+    def delete_delivered(self, before_ms: int) -> None:
+        self._execute(DELETE_DELIVERED, (before_ms, RETENTION_STEP))
 
     def close(self) -> None:
-        """Close the file; what is posted from now on is refused."""
         with self._lock:
-            self.error = self.error or Refused(503, "the relay is stopping")
             self._db.close()
 
 
@@ -490,19 +469,13 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         super().__init__()
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s = url.rstrip("/"), timeout_s
-        self._headers = {
-            "Authorization": f"Bearer {bearer_token}",
-            "Content-Type": "application/json",
-            "User-Agent": "alarmrelay",
-        }
+        self._headers = {"Authorization": f"Bearer {bearer_token}", "User-Agent": "alarmrelay"}
+        self._headers["Content-Type"] = "application/json"
         self._connection: http.client.HTTPConnection | None = None
 
     def post_message(self, message: Mapping[str, str]) -> Answer:
-        """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S.
-
-        Source: developer.webex.com, "Create a Message". In a thread, which is left behind when it
-        is late: urllib can bound neither a name lookup nor a server that drips a byte a minute.
-        """
+        """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
+        # In a thread: urllib can bound neither a name lookup nor a server that drips.
         pool = concurrent.futures.ThreadPoolExecutor(1, "webex")
         try:
             return pool.submit(self._post, json.dumps(message).encode()).result(self._timeout_s)
@@ -519,15 +492,14 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
     def _post(self, payload: bytes) -> Answer:
         request = urllib.request.Request(f"{self._url}/messages", payload, self._headers)
-        # As https_proxy and no_proxy say; http only ever goes to a loopback address. No handler
-        # follows redirects: urllib's would send the token to the other host, by GET.
+        # Plain http only goes to a loopback address. No handler follows redirects: urllib's would
+        # send the token to the other host, by GET.
         proxies = {k: v for k, v in urllib.request.getproxies().items() if k == "https"}
         opener = urllib.request.OpenerDirector()
         opener.add_handler(urllib.request.ProxyHandler(proxies))
         opener.add_handler(self)
-        with opener.open(request, timeout=self._timeout_s) as response:
-            content = response.read(ANSWER_BYTES)
-            return Answer(response.status, response.reason, response.headers, content)
+        with opener.open(request, timeout=self._timeout_s) as reply:
+            return Answer(reply.status, reply.reason, reply.headers, reply.read(ANSWER_BYTES))
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connect, req)
@@ -614,27 +586,24 @@ class Courier:
 
 
 # === HTTP =========================================================================================
-# http.server reads the header. What is allowed of it is decided here: RFC 9112, and whatever leaves
-# in doubt where a request ends is refused.
+# http.server reads the header; whatever leaves in doubt where a request ends is refused here.
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n")
 
 
 def body_length(version: str, fields: email.message.Message) -> int | None:
     """Return the bytes of a body, None if it comes in chunks; raise Refused (RFC 9112, 6.3)."""
-    # Programs differ in which of two they believe, which is how requests are smuggled.
-    for name in ("Authorization", "Content-Length", "Transfer-Encoding"):
-        if len(fields.get_all(name, [])) > 1:
-            raise Refused(400, f"{name} stands there twice", Connection="close")
     length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
-    if fields.defects or version == "HTTP/0.9":
-        raise Refused(400, "the header is not lines of `name: value`", Connection="close")
+    # Programs differ in which of two they believe, which is how requests are smuggled.
+    single = ("Authorization", "Content-Length", "Transfer-Encoding")
+    if fields.defects or any(len(fields.get_all(name, [])) > 1 for name in single):
+        raise Refused(400, "a header line is not `name: value`, or is doubled", Connection="close")
     if coding is not None and coding.lower() != "chunked":
         raise Refused(501, "the only Transfer-Encoding known is chunked", Connection="close")
-    if coding is not None and (length is not None or version == "HTTP/1.0"):
+    if coding is not None and (length is not None or version != "HTTP/1.1"):
         raise Refused(400, "Transfer-Encoding with a length or HTTP/1.0", Connection="close")
-    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
-        raise Refused(400, "Content-Length is no number", Connection="close")
+    if not re.fullmatch("[0-9]{1,18}", "0" if length is None else length) or version == "HTTP/0.9":
+        raise Refused(400, "Content-Length is no number, or HTTP/0.9", Connection="close")
     return None if coding else int(length or 0)
 
 
@@ -666,7 +635,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = CLIENT_S
 
     def handle_one_request(self) -> None:
-        """Answer one request; the connection closes unless it is certain where the next begins."""
+        """Answer one request; the connection stays if it is certain where the next one begins."""
         self.close_connection = True
         body: Iterator[bytes] = iter(())
         try:
@@ -694,9 +663,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.owed.discard(self)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        # http.server's own refusal of a header; its answer would echo what was sent.
-        reason = http.client.responses[code]
-        raise Refused(400, f"the header cannot be read ({reason})", Connection="close")
+        # http.server's own refusal would echo what was sent.
+        words = f"the header cannot be read: {http.client.responses[code]}"
+        raise Refused(400, words, Connection="close")
 
     def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
         """Do what the request asks and return the answer; raise Refused."""
@@ -711,13 +680,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == "/healthz":
             self.server.spool.check()
             return {"status": "ok"}
-        length = self.headers.get("Content-Length")
-        if length is None and "Transfer-Encoding" not in self.headers:
+        length = self.headers.get("Content-Length", "0")
+        if not {"content-length", "transfer-encoding"} & {name.lower() for name in self.headers}:
             raise Refused(411, "the relay is reached, but the request has no length and no alarm")
         content = bytearray()
         for block in itertools.chain([b""], body):
             content += block
-            if max(len(content), int(length or 0)) > BODY_BYTES:
+            if max(len(content), int(length)) > BODY_BYTES:
                 raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
         return self.take(self.server.couriers[path], bytes(content))
 
@@ -743,25 +712,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         courier.arrived.set()
         sender = self.client_address[0]
         for spool_id, (_, alarm) in zip(ids, alarms):
-            rule, uuid = alarm_name(alarm)[:99], str(alarm.get("uuid"))[:99]
-            words = f"room={courier.room} rule={rule!r} uuid={uuid!r} sender={sender}"
-            log.info("alarm %d taken: %s", spool_id, words)
+            words = f"rule={alarm_name(alarm)[:99]!r} uuid={str(alarm.get('uuid'))[:99]!r}"
+            log.info("alarm %d taken: room=%s %s sender=%s", spool_id, courier.room, words, sender)
         if not ids:
             log.info("%s sent again what was taken before: not stored twice", sender)
         return {"status": "accepted" if ids else "duplicate"}
 
     def answer(self, status: int, content: Mapping[str, str], **headers: str) -> None:
-        """Send header and body at once: apart, they would wait for each other's acknowledgement."""
+        """Send header and body at once: apart, one waits for the other's acknowledgement."""
         body = json.dumps(content).encode()
-        fields = {
-            "Date": self.date_time_string(),
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "Connection": "close" if self.close_connection else "keep-alive",
-            **headers,
-        }
-        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+        closing = "close" if self.close_connection else "keep-alive"
+        headers = {"Content-Type": "application/json", **headers, "Connection": closing}
+        head = (
+            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Length: {len(body)}\r\n"
+        )
+        head += f"Date: {self.date_time_string()}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
         self.wfile.write(head.encode() + (b"" if self.command == "HEAD" else body))
 
 
@@ -784,12 +750,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection: in a line if the client or the network did."""
+        """Log what ended a connection, in a line."""
         error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.info("%s is gone before it had an answer: %s", client_address[0], error)
-        else:
-            log.exception("%s met an error in alarmrelay itself", client_address[0])
+        is_bug = not isinstance(error, OSError)  # and not only a client that left
+        log.warning("%s is gone unanswered: %s", client_address[0], error, exc_info=is_bug)
 
 
 # === systemd ======================================================================================
@@ -815,14 +779,9 @@ class LineFormatter(logging.Formatter):
 def notify(environ: Mapping[str, str], *lines: str) -> None:
     """Tell systemd, where there is one, `READY=1`, `STATUS=…` or `STOPPING=1` (sd_notify(3))."""
     address = environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-        try:
-            # "@" stands for the abstract namespace, unix(7).
-            connection.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
-        except OSError as error:
-            log.warning("systemd cannot be told %s: %s", lines[0], error)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        # "@" stands for the abstract namespace, unix(7).
+        systemd.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
 
 
 # === Commands =====================================================================================
@@ -836,8 +795,8 @@ def preview(path: str, environ: Mapping[str, str]) -> None:
         alarms = parse_alarms(body)
     except (OSError, Refused) as error:
         raise RelayError(f"{path}: {error}", exit_status=1) from error
-    for _, alarm in alarms:
-        sys.stdout.buffer.write(format_message(alarm, now_ms, now_ms, zone).encode() + b"\n")
+    messages = [format_message(alarm, now_ms, now_ms, zone) + "\n" for _, alarm in alarms]
+    sys.stdout.buffer.write("".join(messages).encode())
 
 
 def serve(environ: Mapping[str, str]) -> None:
@@ -890,13 +849,14 @@ def main() -> int:
     """Run the command that the arguments name; return the exit status."""
     parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
     parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    command = commands.add_parser("preview", help="print the message for an alarm, send nothing")
-    command.add_argument("file", nargs="?", default="-", help="JSON; - or none: standard input")
+    preview_help = (
+        "preview: print the message for the alarm in FILE or standard input, send nothing"
+    )
+    parser.add_argument("command", nargs="?", choices=["preview"], help=preview_help)
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="JSON")
     arguments = parser.parse_args()
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(os.environ))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO)
+    logging.root.handlers[0].setFormatter(LineFormatter(os.environ))
     try:
         if arguments.command == "preview":
             preview(arguments.file, os.environ)
