@@ -43,7 +43,7 @@ import urllib.request
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone, tzinfo
+from datetime import datetime, timezone, tzinfo
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -57,13 +57,11 @@ MESSAGE_BYTES = 7439  # of UTF-8 in `markdown` or `text`; Webex API, "Create a M
 PLAIN_TEXT_BYTES = 1000  # of the plain form, so that size cannot be what Webex refuses
 DELAYED_MS = 5 * 60_000  # an alarm relayed later than this says so: it is old news
 BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
-LINE_BYTES, BLOCK_BYTES = 2**16, 2**16  # of a line; of a body read at a time
-DRAIN_BLOCKS = 1024  # of a refused body are read and thrown away, so that the answer is seen
+BLOCK_BYTES, DRAIN_BLOCKS = 2**16, 1024  # read at a time, and of a refused body at the most
 CLIENT_S = 75.0  # for a client's next byte; an idle connection lives that long
 DUPLICATE_MS = 10 * 60_000  # the same bytes to the same path within this time are a sender's retry
 WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
-RETENTION_STEP = 500  # old alarms deleted at a time: a few milliseconds in which a post may wait
-TICK_S = 1.0  # between two looks at the status line and at alarms past retention_days
+TICK_S, RETENTION_STEP = 1.0, 500  # between two status lines, and old alarms deleted in that time
 REQUEST_S = 60.0  # one request to Webex, from the name lookup to the answer's last byte
 ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
@@ -86,7 +84,7 @@ class Refused(RelayError):
     """A request that is answered with this status and, as {"error": …}, this text."""
 
     def __init__(self, status: int, text: str, **headers: str) -> None:
-        super().__init__(text)
+        super().__init__(text, exit_status=1)
         self.status, self.headers = status, headers
 
 
@@ -145,24 +143,18 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
 
 # === Message ======================================================================================
 # Pure functions. An alarm is the JSON object that vManage posts, and none of its fields is certain:
-#   {"rule_name_display": "Interface_State_Change", "message": "The interface oper-state changed …",
-#    "severity": "Critical", "active": true, "receive_time": 1579323421121, "uuid": "226bd188-…",
-#    "values_short_display": [{"host-name": "DC1-VEDGE1", "system-ip": "10.1.0.1"}], …}
+#   {"rule_name_display": "OMP_State_Change", "message": "OMP state changed", "severity": "Critical",
+#    "active": true, "receive_time": 1579323421121, "values_short_display": [{"color": "lte"}], …}
 
 Alarm = dict[str, Any]
-
 MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}  # vManage's own colours
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
 # What ends a line, turns its direction or has no UTF-8: control characters, separators, bidi
 # controls, lone surrogates. Then what Webex takes for markup; inside a word an underscore is not.
 BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MARKUP = re.compile(r"[\\`*\[\]~<>&]|(?<!\w)_+|_+(?!\w)")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 ATOMS = re.compile(r"(?:\\.|&\w+;|[^\\&])*")  # escaped text that does not end in the middle of one
-
-# Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm,
-# nor is a byte that is no UTF-8, which becomes U+FFFD.
+# Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm.
 DECODER = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 400 else n, strict=False)
 
 
@@ -205,8 +197,8 @@ def alarm_time(alarm: Alarm, received_ms: int, zone: tzinfo) -> str:
     for epoch_ms in (alarm.get("receive_time"), alarm.get("entry_time"), received_ms):
         if isinstance(epoch_ms, (int, float)) and not isinstance(epoch_ms, bool):
             # Not a number, or outside the years 1 to 9999, is as good as missing.
-            with contextlib.suppress(OverflowError, ValueError):
-                moment = (EPOCH + timedelta(milliseconds=epoch_ms)).astimezone(zone)
+            with contextlib.suppress(OverflowError, ValueError, OSError):
+                moment = datetime.fromtimestamp(epoch_ms / 1000, zone)
                 return f"{moment.ctime()} {moment.tzname()}"
     return "unknown"
 
@@ -263,9 +255,9 @@ def plain_text(markdown: str) -> str:
 # === Spool ========================================================================================
 # Only this class touches the database. Every method is one transaction under one lock, and none
 # calls out while holding it. What a method has returned from is on disk.
-
 # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one fsync for each
-# commit, NORMAL would be none (sqlite.org/pragma.html). Times are epoch milliseconds.
+# commit, NORMAL would be none (sqlite.org/pragma.html).
+
 SCHEMA = """
     PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
     BEGIN EXCLUSIVE;
@@ -346,13 +338,10 @@ class Spool:
                 raise self.error from error
 
     def store(self, posted: Posted) -> range:
-        """Put a request's alarms on disk and return their ids; raise Refused.
-
-        Requests that come while another's commit is under way share the next one: whoever gets the
-        lock first commits for all.
-        """
+        """Put a request's alarms on disk and return their ids; raise Refused."""
         self.check()
-        # Before the lock: whoever finds itself without ids under the lock is still in the queue.
+        # Whoever gets the lock first commits for all that came during the commit before. Queued
+        # before the lock: whoever has no ids under the lock is still in the queue.
         self._posted.append(posted)
         with self._lock:
             if posted.ids is None:
@@ -397,13 +386,7 @@ class Spool:
 # === Webex ========================================================================================
 
 
-class Answer(NamedTuple):
-    """What came back from Webex: an HTTP status, or 0 with the reason why there was none."""
-
-    status: int
-    reason: str
-    headers: Mapping[str, str] = {}
-    body: bytes = b""
+Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
 
 
 class Verdict(NamedTuple):
@@ -441,20 +424,21 @@ def parse_retry_after(text: str, now: datetime) -> float:
 
 def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
     """Decide what an answer means for the message, after so many failures in a row before it."""
-    status, content = answer.status, None
+    status, reason, headers, body = answer
+    content = None
     with contextlib.suppress(ValueError, RecursionError):
-        content = json.loads(answer.body)
+        content = json.loads(body)
     content = content if isinstance(content, dict) else {}
     if status == 200 and content.get("id") and isinstance(content["id"], str):
         return Verdict("delivered", 0.0, content["id"])
     said, advice = content.get("message"), ADVICE.get(status)
     if 200 <= status < 400:  # a redirect is never followed
         said, advice = "no message id in it", "check webex_url; does a proxy answer for Webex?"
-    reason = f"{status} {answer.reason}" if status else answer.reason
+    reason = f"{status} {reason}" if status else reason
     reason += (f": {said}"[:300] if said else "") + (f"; {advice}" if advice else "")
-    tracking_id = str(content.get("trackingId") or answer.headers.get("trackingId", ""))[:100]
+    tracking_id = str(content.get("trackingId") or headers.get("trackingId", ""))[:100]
     if status in (423, 429):
-        wait_s = parse_retry_after(answer.headers.get("Retry-After", "").strip(), now)
+        wait_s = parse_retry_after(headers.get("Retry-After", "").strip(), now)
         return Verdict("paused", wait_s, reason, tracking_id)
     if 400 <= status < 500:
         return Verdict("refused" if status == 400 else "held", HOLD_S, reason, tracking_id)
@@ -488,7 +472,7 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         if self._connection and self._connection.sock:
             with contextlib.suppress(OSError):  # not SSLSocket's own, which unsettles its reader
                 socket.socket.shutdown(self._connection.sock, socket.SHUT_RDWR)
-        return Answer(0, reason)
+        return 0, reason, {}, b""
 
     def _post(self, payload: bytes) -> Answer:
         request = urllib.request.Request(f"{self._url}/messages", payload, self._headers)
@@ -499,7 +483,7 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         opener.add_handler(urllib.request.ProxyHandler(proxies))
         opener.add_handler(self)
         with opener.open(request, timeout=self._timeout_s) as reply:
-            return Answer(reply.status, reply.reason, reply.headers, reply.read(ANSWER_BYTES))
+            return reply.status, reply.reason, reply.headers, reply.read(ANSWER_BYTES)
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connect, req)
@@ -563,10 +547,9 @@ class Courier:
         # What the operator has to mend is said once; of what passes, every attempt is news.
         passes = verdict.kind in ("paused", "failed")
         if passes or trouble != self.trouble:
-            words = f"room {self.room}, alarm {spool_id}: {self.trouble}"
-            words += f" (trackingId {verdict.tracking_id})" if verdict.tracking_id else ""
-            level = logging.WARNING if passes else logging.ERROR
-            log.log(level, "%s; tried again in %.0f s", words, wait_s)
+            words = f"{self.trouble} (trackingId {verdict.tracking_id or 'none'})"
+            words = f"room {self.room}, alarm {spool_id}: {words}; tried again in {wait_s:.0f} s"
+            log.log(logging.WARNING if passes else logging.ERROR, "%s", words)
         return wait_s
 
     def run(self) -> None:
@@ -612,8 +595,7 @@ def read_body(stream: io.BufferedIOBase, length: int | None) -> Iterator[bytes]:
     while True:
         size = length
         if size is None:
-            match = CHUNK_LINE.fullmatch(stream.readline(LINE_BYTES))
-            if not match:
+            if not (match := CHUNK_LINE.fullmatch(stream.readline(BLOCK_BYTES))):
                 raise Refused(400, "a chunk does not begin with its size", Connection="close")
             size = int(match[1], 16)
         for left in range(size, 0, -BLOCK_BYTES):
@@ -639,7 +621,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         body: Iterator[bytes] = iter(())
         try:
-            self.raw_requestline = self.rfile.readline(LINE_BYTES)
+            self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
         except OSError:  # idle for too long, or gone
             return
         self.server.owed.add(self)
@@ -790,11 +772,7 @@ def notify(environ: Mapping[str, str], *lines: str) -> None:
 def preview(path: str, environ: Mapping[str, str]) -> None:
     """Print the message for each alarm in a file, or in standard input for "-"; send nothing."""
     zone, now_ms = read_settings(environ, ["time_zone"])["time_zone"], int(time.time() * 1000)
-    try:
-        body = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        alarms = parse_alarms(body)
-    except (OSError, Refused) as error:
-        raise RelayError(f"{path}: {error}", exit_status=1) from error
+    alarms = parse_alarms(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
     messages = [format_message(alarm, now_ms, now_ms, zone) + "\n" for _, alarm in alarms]
     sys.stdout.buffer.write("".join(messages).encode())
 
@@ -816,7 +794,6 @@ def serve(environ: Mapping[str, str]) -> None:
     delivery = threading.Thread(target=courier.run, name="courier", daemon=True)
     delivery.start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-
     said, wait_s = "", 0.0
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
         words = f"listening on {settings['listen'][0]} port {server.server_port}; "
@@ -824,13 +801,11 @@ def serve(environ: Mapping[str, str]) -> None:
         words += f"; {courier.trouble}" if courier.trouble else ""
         if not said:
             log.info("alarmrelay %s %s", __version__, words)
-            notify(environ, "READY=1", f"STATUS={words}")
-        elif words != said:
+            notify(environ, "READY=1")
+        if words != said:
             notify(environ, f"STATUS={words}")
-        oldest_ms = int(time.time() * 1000) - settings["retention_days"] * 86_400_000
-        spool.delete_delivered(oldest_ms)
         said, wait_s = words, TICK_S
-
+        spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
     notify(environ, "STOPPING=1")
     deadline = time.monotonic() + STOP_S
     server.shutdown()
@@ -841,7 +816,7 @@ def serve(environ: Mapping[str, str]) -> None:
     courier.arrived.set()
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:
-        raise spool.error
+        raise RelayError(str(spool.error))
     spool.close()
 
 
@@ -862,10 +837,10 @@ def main() -> int:
             preview(arguments.file, os.environ)
         else:
             serve(os.environ)
-    except RelayError as error:
+    except (RelayError, OSError) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
-        return error.exit_status
+        return getattr(error, "exit_status", 74)
     return 0
 
 

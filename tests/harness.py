@@ -85,8 +85,8 @@ class Relay:
                 command, env={**self.environ, "NOTIFY_SOCKET": address}, stderr=log
             )
         threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
-        ready = self.told("READY=1")
-        self.port = int(re.search(r" port (\d+);", ready)[1])
+        self.told("READY=1")
+        self.port = int(re.findall(r" listening on \S+ port (\d+);", self.log())[-1])
         return self
 
     def _listen(self, listener: socket.socket) -> None:

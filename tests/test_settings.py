@@ -193,5 +193,8 @@ def test_usage_and_version():
     assert "preview" in run({}, "--help").stdout
     assert run({}, "--nonsense").returncode == 2
     missing = run({}, "preview", "/nonexistent")
-    assert missing.returncode == 1
+    assert missing.returncode == 74
     assert "No such file" in missing.stderr
+    wrong = run({}, "preview", str(PROGRAM))
+    assert wrong.returncode == 1
+    assert "no JSON" in wrong.stderr
