@@ -113,29 +113,26 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
 }
 
 
-def read_setting(name: str, environ: Mapping[str, str], problems: list[str]) -> Any:
-    """Return one setting, checked, or add a line for the operator to the problems."""
-    default, form, parse, expected = SETTINGS[name]
-    path = Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)  # systemd.exec(5)
-    text = environ.get(name, "")
-    try:
-        text = (path.read_text(encoding="utf-8") if path.exists() else text).strip() or default
-        if re.fullmatch(form, text):
-            return parse(text)
-    except (OSError, LookupError, ValueError):  # ZoneInfo raises each of them
+def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
+    """Return settings by name; raise RelayError with a line for each that is missing or wrong."""
+    settings: dict[str, Any] = {}
+    problems = []
+    for name in names:
+        default, form, parse, expected = SETTINGS[name]
+        text = environ.get(name, "").strip() or default
+        credential = Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
+        with contextlib.suppress(OSError, LookupError, ValueError):  # ZoneInfo raises each of them
+            if credential.exists():  # it wins over the variable; systemd.exec(5), "Credentials"
+                text = credential.read_text(encoding="utf-8").strip() or default
+            if re.fullmatch(form, text):
+                settings[name] = parse(text)
+                continue
         if name == "time_zone" and not zoneinfo.available_timezones():
             expected = "a time zone database, which this host lacks: install the package tzdata"
-    found = repr(text[:99]) if text else f"nothing: export {name}=..."
-    if text and (name in ("bearer_token", "webhook_password") or "@" in text):
-        found = "something that is not shown"
-    problems.append(f"{name}: expected {expected}, found {found}")
-    return None
-
-
-def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
-    """Return settings by name; raise RelayError with a line for each that is wrong."""
-    problems: list[str] = []
-    settings = {name: read_setting(name, environ, problems) for name in names}
+        found = repr(text[:99]) if text else f"nothing: export {name}=..."
+        if text and (name in ("bearer_token", "webhook_password") or "@" in text):
+            found = "something that is not shown"
+        problems.append(f"{name}: expected {expected}, found {found}")
     if problems:
         raise RelayError("\n".join(problems), exit_status=78)
     return settings
@@ -143,7 +140,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
 
 # === Message ======================================================================================
 # Pure functions. An alarm is the JSON object that vManage posts, and none of its fields is certain:
-#   {"rule_name_display": "OMP_State_Change", "message": "OMP state changed", "severity": "Critical",
+#   {"rule_name_display": "OMP_State_Change", "message": "OMP state changed", "severity": "Major",
 #    "active": true, "receive_time": 1579323421121, "values_short_display": [{"color": "lte"}], …}
 
 Alarm = dict[str, Any]
@@ -284,7 +281,7 @@ class Posted:
     request: bytes  # a hash of all that was posted
     received_ms: int
     bodies: Sequence[str]
-    ids: range | None = None
+    ids: range = range(0)
 
 
 class Spool:
@@ -341,29 +338,26 @@ class Spool:
         """Put a request's alarms on disk and return their ids; raise Refused."""
         self.check()
         # Whoever gets the lock first commits for all that came during the commit before. Queued
-        # before the lock: whoever has no ids under the lock is still in the queue.
+        # before the lock is taken, so that who finds the queue empty under the lock is on disk.
         self._posted.append(posted)
         with self._lock:
-            if posted.ids is None:
-                self._store([self._posted.popleft() for _ in range(len(self._posted))])
+            rows = []
+            while self._posted:
+                one, recent = self._posted.popleft(), self._recent
+                # Oldest first; by abs(), or a clock that was set back would keep them for long.
+                while recent and abs(one.received_ms - next(iter(recent.values()))) > DUPLICATE_MS:
+                    del recent[next(iter(recent))]
+                bodies = () if one.request in recent else one.bodies
+                one.ids = range(self._last_id + 1, self._last_id + 1 + len(bodies))
+                for self._last_id, body in zip(one.ids, bodies):
+                    rows.append((self._last_id, one.room, one.received_ms, one.request, body))
+                recent.setdefault(one.request, one.received_ms)
+            if rows:
+                self._execute(INSERT, *rows)
+                self.waiting += len(rows)
             if self.error:
                 raise self.error
-        return posted.ids or range(0)
-
-    def _store(self, batch: Sequence[Posted]) -> None:
-        rows = []
-        for posted in batch:
-            now_ms, recent = posted.received_ms, self._recent
-            # Oldest first; by abs(), or a clock that was set back would keep them for long.
-            while recent and abs(now_ms - next(iter(recent.values()))) > DUPLICATE_MS:
-                del recent[next(iter(recent))]
-            bodies = () if posted.request in recent else posted.bodies
-            posted.ids = range(self._last_id + 1, self._last_id + 1 + len(bodies))
-            for self._last_id, body in zip(posted.ids, bodies):
-                rows.append((self._last_id, posted.room, now_ms, posted.request, body))
-            recent.setdefault(posted.request, now_ms)
-        self._execute(INSERT, *rows)
-        self.waiting += len(rows)
+        return posted.ids
 
     def oldest_waiting(self, room: str) -> Sequence[Any] | None:
         rows = self._execute(OLDEST_WAITING, (room,))
@@ -620,10 +614,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer one request; the connection stays if it is certain where the next one begins."""
         self.close_connection = True
         body: Iterator[bytes] = iter(())
-        try:
+        self.raw_requestline = b""
+        with contextlib.suppress(OSError):  # idle for too long, or gone
             self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
-        except OSError:  # idle for too long, or gone
-            return
         self.server.owed.add(self)
         try:
             if not self.raw_requestline or not self.parse_request():

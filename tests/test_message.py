@@ -111,7 +111,7 @@ def test_the_receive_time_is_local_in_winter_and_summer(receive_time, expected):
      "true", "[]", "{}", "NaN", '"1579323421121"', "-62135596800001", "1" + "0" * 400],
 )  # fmt: skip
 def test_a_receive_time_that_is_no_moment_falls_back(receive_time):
-    text = '{"receive_time": %s, "entry_time": 1579323421121}' % receive_time
+    text = f'{{"receive_time": {receive_time}, "entry_time": 1579323421121}}'
     ((_, alarm),) = parse_alarms(text.encode())
     assert lines(alarm)[2] == "**Receive Time:** Sat Jan 18 05:57:01 2020 CET"
     del alarm["entry_time"]
@@ -272,7 +272,7 @@ def test_what_is_cut_off_is_counted():
 
 JUNK = [None, True, False, 0, -1, 1.5, 10**30, "", " ", "x" * 20_000, "\x00\n\u2028", "<@all>", [],
         {}, [[]], [{}], [None], [{"a": None}], {"a": {"b": {"c": [1, 2, {"d": "e"}]}}}, "\ud800",
-        [{"k": "v" * 9000}] * 3, "NaN", float("nan"), float("inf"), -(10**18), [[[[[[[]]]]]]]]  # fmt: skip
+        [{"k": "v" * 9000}] * 3, "NaN", float("nan"), float("inf"), -(10**18), [[[[[[]]]]]]]  # fmt: skip
 
 
 def mangle(alarm: object, dice: random.Random) -> object:

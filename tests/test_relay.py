@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def numbered(number: int) -> dict[str, str]:
     return {"message": f"number {number}", "uuid": f"uuid-{number}"}
 
 
+def is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.skipif(is_taken(5001), reason="something else listens on port 5001 of this machine")
 def test_the_workshops_sample_stands_in_the_room_byte_for_byte(tmp_path, webex):
     environ = {"webhook_username": "cleur", "webhook_password": "cleur"}
     with Relay(tmp_path, webex.url, listen="127.0.0.1:5001", **environ) as relay:
