@@ -16,14 +16,12 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import email.message
 import email.utils
 import hashlib
 import hmac
 import html
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -48,13 +46,9 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 __version__ = "0.1.0"
-
 log = logging.getLogger("alarmrelay")
-
 # === Limits =======================================================================================
-
-MESSAGE_BYTES = 7439  # of UTF-8 in `markdown` or `text`; Webex API, "Create a Message"
-PLAIN_TEXT_BYTES = 1000  # of the plain form, so that size cannot be what Webex refuses
+MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
 DELAYED_MS = 5 * 60_000  # an alarm relayed later than this says so: it is old news
 BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
 BLOCK_BYTES, DRAIN_BLOCKS = 2**16, 1024  # read at a time, and of a refused body at the most
@@ -69,9 +63,8 @@ PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in
 HOLD_S = 60.0  # between attempts while the token, the room or the message is refused
 STOP_S = 10.0  # for the requests and the send in flight when the relay is stopped
 
+
 # === Errors =======================================================================================
-
-
 class RelayError(Exception):
     """What ends the program; sysexits.h: 74 I/O, 75 already running, 78 settings."""
 
@@ -89,8 +82,6 @@ class Refused(RelayError):
 
 
 # === Settings =====================================================================================
-
-
 def parse_listen(text: str) -> tuple[str, int]:
     """Return address and port of `0.0.0.0:5001` or `[::]:5001`; raise ValueError or IndexError."""
     host, _, port = text.rpartition(":")
@@ -129,9 +120,9 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
                 continue
         if name == "time_zone" and not zoneinfo.available_timezones():
             expected = "a time zone database, which this host lacks: install the package tzdata"
-        found = repr(text[:99]) if text else f"nothing: export {name}=..."
-        if text and (name in ("bearer_token", "webhook_password") or "@" in text):
-            found = "something that is not shown"
+        is_secret = name in ("bearer_token", "webhook_password") or "@" in text
+        found = "something that is not shown" if is_secret else repr(text[:99])
+        found = found if text else f"nothing: export {name}=..."
         problems.append(f"{name}: expected {expected}, found {found}")
     if problems:
         raise RelayError("\n".join(problems), exit_status=78)
@@ -254,10 +245,8 @@ def plain_text(markdown: str) -> str:
 # calls out while holding it. What a method has returned from is on disk.
 # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one fsync for each
 # commit, NORMAL would be none (sqlite.org/pragma.html).
-
 SCHEMA = """
-    PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-    BEGIN EXCLUSIVE;
+    PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; BEGIN;
     CREATE TABLE IF NOT EXISTS alarm (
         id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
         request BLOB NOT NULL, body TEXT NOT NULL, delivered_ms INTEGER, message_id TEXT);
@@ -285,8 +274,6 @@ class Posted:
 
 
 class Spool:
-    """The alarms on disk: those that wait, and those delivered in the last retention_days."""
-
     def __init__(self, directory: Path) -> None:
         self._lock = threading.RLock()  # guards the connection and all below
         self._posted: collections.deque[Posted] = collections.deque()
@@ -315,9 +302,7 @@ class Spool:
         if self.error:
             raise self.error
         if self.waiting >= WAITING_ALARMS:
-            raise Refused(
-                503, f"{self.waiting} alarms wait, no more are kept", **{"Retry-After": "30"}
-            )
+            raise Refused(503, "too many alarms wait for Webex", **{"Retry-After": "30"})
 
     def _execute(self, statement: str, *rows: Sequence[object]) -> list[Any]:
         with self._lock:
@@ -360,8 +345,7 @@ class Spool:
         return posted.ids
 
     def oldest_waiting(self, room: str) -> Sequence[Any] | None:
-        rows = self._execute(OLDEST_WAITING, (room,))
-        return rows[0] if rows else None  # id, received_ms, body
+        return next(iter(self._execute(OLDEST_WAITING, (room,))), None)  # id, received_ms, body
 
     def set_delivered(self, spool_id: int, message_id: str, delivered_ms: int) -> None:
         """Record that an alarm stands in the room, in the Webex message with this id."""
@@ -378,19 +362,13 @@ class Spool:
 
 
 # === Webex ========================================================================================
-
-
 Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
 
 
 class Verdict(NamedTuple):
-    """What an answer means for a message: "delivered", or why not yet and when to try again.
+    """What an answer means: "delivered", or why not yet and when to try again."""
 
-    "refused": a 400, the message itself. "held": the operator must mend the token or the room.
-    "paused": Webex limits us. "failed": Webex, or the way to it, is broken.
-    """
-
-    kind: str
+    kind: str  # or "refused", the message; "held", by token or room; "paused", by a limit; "failed"
     wait_s: float
     reason: str  # for people, with what to do; the message's id if it is delivered
     tracking_id: str = ""  # Cisco's support asks for it
@@ -419,7 +397,7 @@ def parse_retry_after(text: str, now: datetime) -> float:
 def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
     """Decide what an answer means for the message, after so many failures in a row before it."""
     status, reason, headers, body = answer
-    content = None
+    content: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(body)
     content = content if isinstance(content, dict) else {}
@@ -436,8 +414,9 @@ def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
         return Verdict("paused", wait_s, reason, tracking_id)
     if 400 <= status < 500:
         return Verdict("refused" if status == 400 else "held", HOLD_S, reason, tracking_id)
-    wait_s = min(RETRY_S * 2 ** min(failures, 30), RETRY_MAX_S)
-    return Verdict("failed", wait_s, reason, tracking_id)
+    return Verdict(
+        "failed", min(RETRY_S * 2 ** min(failures, 30), RETRY_MAX_S), reason, tracking_id
+    )
 
 
 class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -447,13 +426,13 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         super().__init__()
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s = url.rstrip("/"), timeout_s
-        self._headers = {"Authorization": f"Bearer {bearer_token}", "User-Agent": "alarmrelay"}
-        self._headers["Content-Type"] = "application/json"
+        kind = {"Content-Type": "application/json", "User-Agent": "alarmrelay"}
+        self._headers = {"Authorization": f"Bearer {bearer_token}", **kind}
         self._connection: http.client.HTTPConnection | None = None
 
     def post_message(self, message: Mapping[str, str]) -> Answer:
         """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
-        # In a thread: urllib can bound neither a name lookup nor a server that drips.
+        # urllib itself can bound neither a name lookup nor a server that drips.
         pool = concurrent.futures.ThreadPoolExecutor(1, "webex")
         try:
             return pool.submit(self._post, json.dumps(message).encode()).result(self._timeout_s)
@@ -492,12 +471,9 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 
 # === Courier ======================================================================================
-
-
+# Takes the alarms of one room from the spool to Webex, in a thread of its own.
 @dataclass
 class Courier:
-    """Takes the alarms of one room from the spool to Webex, in a thread of its own."""
-
     room: str  # its path
     room_id: str
     zone: tzinfo
@@ -515,23 +491,22 @@ class Courier:
         alarm = self.spool.oldest_waiting(self.room)
         if alarm is None:
             return None
-        spool_id, received_ms, body = alarm
-        now = datetime.fromtimestamp(self.clock(), timezone.utc)
-        now_ms = int(now.timestamp() * 1000)
-        message = format_message(DECODER.decode(body), received_ms, now_ms, self.zone)
-        answer = self.webex.post_message({"roomId": self.room_id, "markdown": message})
-        verdict = judge(answer, self.failures, now)
+        (spool_id, received_ms, body), now_s = alarm, self.clock()
+        now = datetime.fromtimestamp(now_s, timezone.utc)
+        message = format_message(DECODER.decode(body), received_ms, int(now_s * 1000), self.zone)
+        room = {"roomId": self.room_id}
+        verdict = judge(self.webex.post_message({**room, "markdown": message}), self.failures, now)
         if verdict.kind == "refused":
             log.warning("alarm %d goes again as plain text: %s", spool_id, verdict.reason)
-            answer = self.webex.post_message({"roomId": self.room_id, "text": plain_text(message)})
+            answer = self.webex.post_message({**room, "text": plain_text(message)})
             verdict = judge(answer, self.failures, now)
         self.failures = self.failures + 1 if verdict.kind == "failed" else 0
         if verdict.kind != "delivered":
             return self._report(spool_id, verdict)
-        now_ms, self.trouble = int(self.clock() * 1000), ""
-        self.spool.set_delivered(spool_id, verdict.reason, now_ms)
-        seconds = (now_ms - received_ms) / 1000
-        log.info("alarm %d delivered: message=%s after %.1f s", spool_id, verdict.reason, seconds)
+        now_s, self.trouble = self.clock(), ""
+        self.spool.set_delivered(spool_id, verdict.reason, int(now_s * 1000))
+        words = f"message={verdict.reason} after {now_s - received_ms / 1000:.1f} s"
+        log.info("alarm %d delivered: %s", spool_id, words)
         return 0.0
 
     def _report(self, spool_id: int, verdict: Verdict) -> float:
@@ -564,11 +539,11 @@ class Courier:
 
 # === HTTP =========================================================================================
 # http.server reads the header; whatever leaves in doubt where a request ends is refused here.
-
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n")
 
 
-def body_length(version: str, fields: email.message.Message) -> int | None:
+def body_length(version: str, fields: Any) -> int | None:
     """Return the bytes of a body, None if it comes in chunks; raise Refused (RFC 9112, 6.3)."""
     length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
     # Programs differ in which of two they believe, which is how requests are smuggled.
@@ -584,7 +559,7 @@ def body_length(version: str, fields: email.message.Message) -> int | None:
     return None if coding else int(length or 0)
 
 
-def read_body(stream: io.BufferedIOBase, length: int | None) -> Iterator[bytes]:
+def read_body(stream: Any, length: int | None) -> Iterator[bytes]:
     """Yield a body in blocks; raise Refused, or ConnectionError if the client leaves."""
     while True:
         size = length
@@ -604,8 +579,6 @@ def read_body(stream: io.BufferedIOBase, length: int | None) -> Iterator[bytes]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers the requests of one connection, one after the other."""
-
     server: Server
     protocol_version = "HTTP/1.1"
     timeout = CLIENT_S
@@ -638,9 +611,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.owed.discard(self)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        # http.server's own refusal would echo what was sent.
-        words = f"the header cannot be read: {http.client.responses[code]}"
-        raise Refused(400, words, Connection="close")
+        raise Refused(400, "the header cannot be read", Connection="close")  # without an echo of it
 
     def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
         """Do what the request asks and return the answer; raise Refused."""
@@ -667,15 +638,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def authorise(self) -> None:
         """Raise Refused unless the request has the credentials (RFC 7617, section 2)."""
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        given = b""
+        (scheme, _, token), given = self.headers.get("Authorization", "").partition(" "), b""
         with contextlib.suppress(ValueError):
             given = base64.b64decode(token.strip(), validate=True)
         # Hashes, since compare_digest() tells how long the things are that it compares.
         hashes = [hashlib.sha256(text).digest() for text in (given, self.server.credentials)]
         if not hmac.compare_digest(*hashes) or scheme.lower() != "basic":
-            challenge = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
-            raise Refused(401, "wrong credentials" if scheme else "no credentials", **challenge)
+            raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
@@ -707,8 +676,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Accepts connections, a thread for each, and knows which of them are owed an answer."""
-
     daemon_threads = True  # an idle client must not keep the process from ending
     request_queue_size = 1024  # connections that the kernel keeps for the accept loop
 
@@ -716,7 +683,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
         self.spool = spool
         self.couriers = {courier.room: courier for courier in couriers}
-        self.owed: set[Handler] = set()
+        self.owed: set[Handler] = set()  # those with a request under way
         host, port = settings["listen"]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -732,11 +699,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # === systemd ======================================================================================
-
-
 class LineFormatter(logging.Formatter):
-    """Writes one line an event, with control characters escaped: none can forge another line."""
-
     def __init__(self, environ: Mapping[str, str]) -> None:
         stderr = os.fstat(2)
         self._is_journal = environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
@@ -744,7 +707,7 @@ class LineFormatter(logging.Formatter):
         super().__init__(f"{start}%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, with its priority for the journal (sd-daemon(3))."""
+        """Return one line, which no event can make two; for the journal as in sd-daemon(3)."""
         line = super().format(record)
         line = BREAKING.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
         priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
@@ -755,28 +718,24 @@ def notify(environ: Mapping[str, str], *lines: str) -> None:
     """Tell systemd, where there is one, `READY=1`, `STATUS=…` or `STOPPING=1` (sd_notify(3))."""
     address = environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        # "@" stands for the abstract namespace, unix(7).
-        systemd.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
+        systemd.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))  # unix(7)
 
 
 # === Commands =====================================================================================
-
-
 def preview(path: str, environ: Mapping[str, str]) -> None:
     """Print the message for each alarm in a file, or in standard input for "-"; send nothing."""
     zone, now_ms = read_settings(environ, ["time_zone"])["time_zone"], int(time.time() * 1000)
     alarms = parse_alarms(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
     messages = [format_message(alarm, now_ms, now_ms, zone) + "\n" for _, alarm in alarms]
-    sys.stdout.buffer.write("".join(messages).encode())
+    os.write(1, "".join(messages).encode())
 
 
 def serve(environ: Mapping[str, str]) -> None:
     """Relay alarms until SIGTERM or SIGINT; raise RelayError if that is not possible."""
     settings = read_settings(environ)
     os.umask(0o077)
-    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd joins several with colons
-    spool = Spool(Path(state or os.path.join(home, "alarmrelay")))
+    home = Path(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "alarmrelay")
+    spool = Spool(Path(environ.get("STATE_DIRECTORY", "").split(":")[0] or home))  # systemd.exec(5)
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
     server = Server(settings, spool, courier)
@@ -787,11 +746,11 @@ def serve(environ: Mapping[str, str]) -> None:
     delivery = threading.Thread(target=courier.run, name="courier", daemon=True)
     delivery.start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    where = f"listening on {settings['listen'][0]} port {server.server_port}"
     said, wait_s = "", 0.0
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
-        words = f"listening on {settings['listen'][0]} port {server.server_port}; "
-        words += f"{spool.waiting} waiting, {spool.delivered} delivered"
-        words += f"; {courier.trouble}" if courier.trouble else ""
+        counts = f"{spool.waiting} waiting, {spool.delivered} delivered"
+        words = "; ".join(filter(None, [where, counts, courier.trouble]))
         if not said:
             log.info("alarmrelay %s %s", __version__, words)
             notify(environ, "READY=1")
@@ -817,11 +776,9 @@ def main() -> int:
     """Run the command that the arguments name; return the exit status."""
     parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
     parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
-    preview_help = (
-        "preview: print the message for the alarm in FILE or standard input, send nothing"
-    )
+    preview_help = "preview: print the message for the alarm in FILE, send nothing"
     parser.add_argument("command", nargs="?", choices=["preview"], help=preview_help)
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="JSON")
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="or stdin")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter(os.environ))
@@ -838,7 +795,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    STATUS = main()
     # At once: threads may still wait for idle clients, and Python would abort on their output.
-    sys.stdout.flush()
-    os._exit(STATUS)
+    os._exit(main())

@@ -270,9 +270,12 @@ def test_what_is_cut_off_is_counted():
     assert len(kept.encode()) <= 7439 < len(kept.encode()) + 1010
 
 
-JUNK = [None, True, False, 0, -1, 1.5, 10**30, "", " ", "x" * 20_000, "\x00\n\u2028", "<@all>", [],
-        {}, [[]], [{}], [None], [{"a": None}], {"a": {"b": {"c": [1, 2, {"d": "e"}]}}}, "\ud800",
-        [{"k": "v" * 9000}] * 3, "NaN", float("nan"), float("inf"), -(10**18), [[[[[[]]]]]]]  # fmt: skip
+JUNK = [
+    *(None, True, False, 0, -1, 1.5, 10**30, -(10**18), float("nan"), float("inf")),
+    *("", " ", "x" * 20_000, "\x00\n\u2028", "<@all>", "\ud800", "NaN"),
+    *([], {}, [[]], [{}], [None], [{"a": None}], [[[[[[]]]]]], [{"k": "v" * 9000}] * 3),
+    {"a": {"b": {"c": [1, 2, {"d": "e"}]}}},
+]
 
 
 def mangle(alarm: object, dice: random.Random) -> object:
@@ -320,19 +323,22 @@ def test_mangled_alarms_are_relayed_with_what_is_there():
                     assert f"**{show(key.strip())}:** {show(entry[key])}" in result
 
 
+def read(body: bytes) -> list[str] | None:
+    """Return what the spool would keep, None if the body is refused with a 400."""
+    try:
+        return [text for text, _ in parse_alarms(body)]
+    except Refused as refusal:
+        return {400: None}[refusal.status]
+
+
 @pytest.mark.parametrize("depth", [10, 100, 400, 900, 1000, 3000, 10_000, 100_000])
 def test_deep_nesting_is_relayed_or_refused_but_never_taken_and_stuck(depth):
     for opening, closing in (("[", "]"), ('{"a":', "}")):
         text = '{"values": [{"deep": ' + opening * depth + "1" + closing * depth + "}]}"
-        for body in (text, f"[{text}]"):
-            try:
-                taken = parse_alarms(body.encode())
-            except Refused as refusal:
-                assert refusal.status == 400
-                assert depth >= 400
-            else:
-                for kept, _ in taken:
-                    assert "**Receive Time:**" in message(alarmrelay.DECODER.decode(kept))
+        for kept in (read(text.encode()), read(f"[{text}]".encode())):
+            assert kept or depth >= 400
+            for body in kept or []:
+                assert "**Receive Time:**" in message(alarmrelay.DECODER.decode(body))
 
 
 @pytest.mark.parametrize(
