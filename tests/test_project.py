@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from alarmrelay import SETTINGS
 from harness import PROGRAM
+
+from alarmrelay import SETTINGS
 
 TOP = PROGRAM.parent
 README = (TOP / "README.md").read_text(encoding="utf-8")

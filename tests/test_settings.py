@@ -156,7 +156,7 @@ def test_a_credential_that_cannot_be_used_is_named(tmp_path, content):
     else:
         (tmp_path / "bearer_token").write_bytes(content)
     environ = {**GOOD, "bearer_token": "", "CREDENTIALS_DIRECTORY": str(tmp_path)}
-    with pytest.raises(RelayError, match="^bearer_token: "):
+    with pytest.raises(RelayError, match=r"^bearer_token: "):
         read_settings(environ)
 
 

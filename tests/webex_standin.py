@@ -1,7 +1,7 @@
 """A stand-in for Webex: POST /v1/messages as developer.webex.com describes it, faults included.
 
-It listens on a loopback port and answers like Webex does; `faults` makes it misbehave, one fault for
-each request, oldest first, or `fault_for` decides for each request anew.
+It listens on a loopback port and answers like Webex does; `faults` makes it misbehave, one fault
+for each request, oldest first, or `fault_for` decides for each request anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
-TOKEN = "bot-token-of-the-stand-in"  # noqa: S105 - it opens nothing
+TOKEN = "bot-token-of-the-stand-in"
 ROOM = "Y2lzY29zcGFyazovL3VzL1JPT00vc3RhbmQtaW4"
 MESSAGE_BYTES = 7439
 
