@@ -414,9 +414,8 @@ def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
         return Verdict("paused", wait_s, reason, tracking_id)
     if 400 <= status < 500:
         return Verdict("refused" if status == 400 else "held", HOLD_S, reason, tracking_id)
-    return Verdict(
-        "failed", min(RETRY_S * 2 ** min(failures, 30), RETRY_MAX_S), reason, tracking_id
-    )
+    wait_s = min(RETRY_S * 2 ** min(failures, 30), RETRY_MAX_S)
+    return Verdict("failed", wait_s, reason, tracking_id)
 
 
 class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -425,7 +424,7 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def __init__(self, url: str, bearer_token: str, timeout_s: float = REQUEST_S) -> None:
         super().__init__()
         self._tls = ssl.create_default_context()
-        self._url, self._timeout_s = url.rstrip("/"), timeout_s
+        self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
         kind = {"Content-Type": "application/json", "User-Agent": "alarmrelay"}
         self._headers = {"Authorization": f"Bearer {bearer_token}", **kind}
         self._connection: http.client.HTTPConnection | None = None
@@ -456,7 +455,8 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         opener.add_handler(urllib.request.ProxyHandler(proxies))
         opener.add_handler(self)
         with opener.open(request, timeout=self._timeout_s) as reply:
-            return reply.status, reply.reason, reply.headers, reply.read(ANSWER_BYTES)
+            content = reply.read(ANSWER_BYTES).replace(self._secret, b"[bearer_token]")
+            return reply.status, reply.reason, reply.headers, content
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connect, req)

@@ -92,6 +92,14 @@ def test_every_alarm_leaves_two_lines_in_the_log_and_no_secret(relay, webex):
         assert secret not in log
 
 
+def test_a_webex_that_echoes_the_token_puts_it_neither_in_the_log_nor_in_the_status(relay, webex):
+    echo = json.dumps({"message": f"Bearer {TOKEN} is not valid"}).encode()
+    webex.faults.append(Fault(status=401, body=echo))
+    relay.post(numbered(1))
+    assert "Bearer [bearer_token] is not valid" in relay.told("delivery held")
+    assert TOKEN not in relay.log()
+
+
 def test_under_the_journal_lines_carry_their_priority_and_no_time(tmp_path, webex):
     script = 'import os,sys; s=os.fstat(2); os.environ["JOURNAL_STREAM"]=f"{s.st_dev}:{s.st_ino}"'
     script += "; os.execv(sys.argv[1], sys.argv[1:])"
