@@ -15,7 +15,6 @@ import argparse
 import base64
 import collections
 import concurrent.futures
-import contextlib
 import email.utils
 import hashlib
 import hmac
@@ -40,6 +39,7 @@ import time
 import urllib.request
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone, tzinfo
 from pathlib import Path
@@ -49,14 +49,16 @@ __version__ = "0.1.0"
 log = logging.getLogger("alarmrelay")
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
-DELAYED_MS = 5 * 60_000  # an alarm relayed later than this says so: it is old news
 BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
 BLOCK_BYTES, DRAIN_BLOCKS = 2**16, 1024  # read at a time, and of a refused body at the most
 CLIENT_S = 75.0  # for a client's next byte; an idle connection lives that long
-DUPLICATE_MS = 10 * 60_000  # the same bytes to the same path within this time are a sender's retry
+DELAYED_MS, DUPLICATE_MS = (
+    300_000,
+    600_000,
+)  # later, an alarm is old news; sooner, equal bytes a retry
 WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
 TICK_S, RETENTION_STEP = 1.0, 500  # between two status lines, and old alarms deleted in that time
-REQUEST_S = 60.0  # one request to Webex, from the name lookup to the answer's last byte
+REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to each of its addresses
 ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
 PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
@@ -89,7 +91,8 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
-URL = r"https://[^\s@?#]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/[!-~]*)?"
+HOST = r"(https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])|http://(localhost|127\.[0-9.]+|\[::1\]))"
+URL = HOST + r"(:[0-9]{1,5})?(/[!\"$->A-~]*)?"  # visible ASCII without ?, # and @
 
 # name: default ("" where required), form, type, what is expected. The README has the same table.
 SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
@@ -112,7 +115,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
         default, form, parse, expected = SETTINGS[name]
         text = environ.get(name, "").strip() or default
         credential = Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
-        with contextlib.suppress(OSError, LookupError, ValueError):  # ZoneInfo raises each of them
+        with suppress(OSError, LookupError, ValueError):  # ZoneInfo raises each of them
             if credential.exists():  # it wins over the variable; systemd.exec(5), "Credentials"
                 text = credential.read_text(encoding="utf-8").strip() or default
             if re.fullmatch(form, text):
@@ -120,8 +123,8 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
                 continue
         if name == "time_zone" and not zoneinfo.available_timezones():
             expected = "a time zone database, which this host lacks: install the package tzdata"
-        is_secret = name in ("bearer_token", "webhook_password") or "@" in text
-        found = "something that is not shown" if is_secret else repr(text[:99])
+        shown = name in ("listen", "time_zone", "webex_url", "retention_days") and "@" not in text
+        found = repr(text[:99]) if shown and "?" not in text else "a hidden value"
         found = found if text else f"nothing: export {name}=..."
         problems.append(f"{name}: expected {expected}, found {found}")
     if problems:
@@ -133,7 +136,6 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
 # Pure functions. An alarm is the JSON object that vManage posts, and none of its fields is certain:
 #   {"rule_name_display": "OMP_State_Change", "message": "OMP state changed", "severity": "Major",
 #    "active": true, "receive_time": 1579323421121, "values_short_display": [{"color": "lte"}], …}
-
 Alarm = dict[str, Any]
 MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}  # vManage's own colours
 # What ends a line, turns its direction or has no UTF-8: control characters, separators, bidi
@@ -141,7 +143,7 @@ MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}
 BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MARKUP = re.compile(r"[\\`*\[\]~<>&]|(?<!\w)_+|_+(?!\w)")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
-ATOMS = re.compile(r"(?:\\.|&\w+;|[^\\&])*")  # escaped text that does not end in the middle of one
+ATOMS = re.compile(r"(\\.|&\w+;|\*\*[\w ]+\*\*|[^\\&*])*")  # what does not end in the middle of one
 # Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm.
 DECODER = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 400 else n, strict=False)
 
@@ -151,9 +153,8 @@ def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
     if not body.strip():
         raise Refused(400, "the body is empty, expected an alarm as JSON")
     try:
-        content = DECODER.decode(
-            body.decode(json.detect_encoding(body), "replace").lstrip("\ufeff")
-        )
+        text = body.decode(json.detect_encoding(body), "replace")  # a garbled name beats no alarm
+        content = DECODER.decode(text.lstrip("\ufeff"))
         alarms = content if isinstance(content, list) else [content]
         texts = [json.dumps(alarm) for alarm in alarms]
     except (ValueError, RecursionError) as error:
@@ -185,7 +186,7 @@ def alarm_time(alarm: Alarm, received_ms: int, zone: tzinfo) -> str:
     for epoch_ms in (alarm.get("receive_time"), alarm.get("entry_time"), received_ms):
         if isinstance(epoch_ms, (int, float)) and not isinstance(epoch_ms, bool):
             # Not a number, or outside the years 1 to 9999, is as good as missing.
-            with contextlib.suppress(OverflowError, ValueError, OSError):
+            with suppress(OverflowError, ValueError, OSError):
                 moment = datetime.fromtimestamp(epoch_ms / 1000, zone)
                 return f"{moment.ctime()} {moment.tzname()}"
     return "unknown"
@@ -209,12 +210,11 @@ def fit(lines: Sequence[str], last: Sequence[str]) -> str:
         return whole
     end = "".join(f"<br>{line}" for line in last)
     left = MESSAGE_BYTES - len(f"{end}<br>… ({len(lines)} more lines)".encode())
-    sizes = itertools.accumulate(len(f"<br>{line}".encode()) for line in lines)
-    kept = sum(1 for _ in itertools.takewhile(lambda size: size <= left, sizes))
-    text = "<br>".join(lines[:kept])
-    if not kept:  # only the first line may end in its middle
-        kept, text = 1, ATOMS.findall(lines[0].encode()[:left].decode(errors="ignore"))[0]
-    return f"{text}{end}<br>… ({len(lines) - kept} more lines)"
+    text = ("<br>".join(lines) + "<br>").encode()[:left].decode(errors="ignore")
+    text, is_cut_between_lines, _ = text.rpartition("<br>")  # escaped text holds no other <br>
+    if not is_cut_between_lines:
+        text = ATOMS.match(lines[0].encode()[:left].decode(errors="ignore"))[0]  # type: ignore[index]
+    return f"{text}{end}<br>… ({len(lines) - 1 - text.count('<br>')} more lines)"
 
 
 def format_message(alarm: Alarm, received_ms: int, now_ms: int, zone: tzinfo) -> str:
@@ -227,7 +227,7 @@ def format_message(alarm: Alarm, received_ms: int, now_ms: int, zone: tzinfo) ->
         f"**Severity:** {f'✅ cleared ({severity})' if alarm.get('active') is False else mark}",
         f"**Receive Time:** {alarm_time(alarm, received_ms, zone)}",
     ]
-    lines += [f" **{show(key.strip())}:** {show(value)}" for key, value in alarm_values(alarm)]
+    lines += [f" **{show(key).strip()}:** {show(value)}" for key, value in alarm_values(alarm)]
     minutes = (now_ms - received_ms) // 60_000
     age = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
     late = [f"**Delayed:** relayed {age} after it came in"]
@@ -264,13 +264,11 @@ DELETE_DELIVERED = """DELETE FROM alarm WHERE id IN
 
 @dataclass
 class Posted:
-    """The alarms of a request on their way to the disk; then with ids, none for a duplicate."""
-
     room: str  # its path
     request: bytes  # a hash of all that was posted
     received_ms: int
     bodies: Sequence[str]
-    ids: range = range(0)
+    ids: range = range(0)  # once they are on disk; none for a duplicate
 
 
 class Spool:
@@ -293,7 +291,7 @@ class Spool:
             recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
             self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
         except (OSError, sqlite3.Error) as error:
-            if "locked" in str(error):
+            if str(error) == "database is locked":
                 raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
 
@@ -313,7 +311,7 @@ class Spool:
                 found = [result for row in rows for result in self._db.execute(statement, row)]
                 self._db.execute("COMMIT")
                 return found
-            except sqlite3.Error as error:
+            except (sqlite3.Error, ArithmeticError, MemoryError, ValueError) as error:
                 # For good: after a failed fsync the kernel may have dropped the pages, and the next
                 # says that all is well. Only a new process that reads the file knows what it holds.
                 self.error = Refused(503, f"the spool cannot be read or written: {error}")
@@ -366,9 +364,7 @@ Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; rea
 
 
 class Verdict(NamedTuple):
-    """What an answer means: "delivered", or why not yet and when to try again."""
-
-    kind: str  # or "refused", the message; "held", by token or room; "paused", by a limit; "failed"
+    kind: str  # "delivered", "refused" (the message), "held" (token, room), "paused", "failed"
     wait_s: float
     reason: str  # for people, with what to do; the message's id if it is delivered
     tracking_id: str = ""  # Cisco's support asks for it
@@ -385,7 +381,7 @@ ADVICE = {
 def parse_retry_after(text: str, now: datetime) -> float:
     """Return the seconds that a Retry-After field asks for (RFC 9110, 10.2.3), within bounds."""
     wait_s = PAUSE_S
-    with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+    with suppress(ValueError, TypeError, IndexError, OverflowError):
         if re.fullmatch("-?[0-9]+", text):
             wait_s = float(text)  # unlike int(), takes any number of digits
         else:
@@ -398,16 +394,18 @@ def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
     """Decide what an answer means for the message, after so many failures in a row before it."""
     status, reason, headers, body = answer
     content: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         content = json.loads(body)
     content = content if isinstance(content, dict) else {}
-    if status == 200 and content.get("id") and isinstance(content["id"], str):
-        return Verdict("delivered", 0.0, content["id"])
+    message_id = content.get("id")
+    if status == 200 and message_id and isinstance(message_id, str) and message_id.isprintable():
+        return Verdict("delivered", 0.0, message_id)
     said, advice = content.get("message"), ADVICE.get(status)
     if 200 <= status < 400:  # a redirect is never followed
         said, advice = "no message id in it", "check webex_url; does a proxy answer for Webex?"
     reason = f"{status} {reason}" if status else reason
-    reason += (f": {said}"[:300] if said else "") + (f"; {advice}" if advice else "")
+    reason = BREAKING.sub(" ", f"{reason}: {said}" if said else reason)[:300]  # into STATUS=, too
+    reason += f"; {advice}" if advice else ""
     tracking_id = str(content.get("trackingId") or headers.get("trackingId", ""))[:100]
     if status in (423, 429):
         wait_s = parse_retry_after(headers.get("Retry-After", "").strip(), now)
@@ -419,31 +417,30 @@ def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
 
 
 class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """The Webex API for one courier; urllib connects through it, so that it can cut that off."""
-
     def __init__(self, url: str, bearer_token: str, timeout_s: float = REQUEST_S) -> None:
         super().__init__()
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
         kind = {"Content-Type": "application/json", "User-Agent": "alarmrelay"}
         self._headers = {"Authorization": f"Bearer {bearer_token}", **kind}
-        self._connection: http.client.HTTPConnection | None = None
 
     def post_message(self, message: Mapping[str, str]) -> Answer:
         """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
-        # urllib itself can bound neither a name lookup nor a server that drips.
+        # urllib bounds neither a name lookup nor a server that drips; a thread can be left behind.
+        self._late_s, self._wires = time.monotonic() + self._timeout_s, list[socket.socket]()
         pool = concurrent.futures.ThreadPoolExecutor(1, "webex")
         try:
             return pool.submit(self._post, json.dumps(message).encode()).result(self._timeout_s)
         except concurrent.futures.TimeoutError:
             reason = f"no answer from Webex within {self._timeout_s:g} s"
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = f"no answer from Webex: {getattr(error, 'reason', error)!r}"
+            # Not the text of all of them: it may hold the password of a proxy.
+            reason = f"no answer from Webex: {getattr(error, 'reason', type(error).__name__)}"
         finally:
             pool.shutdown(wait=False)
-        if self._connection and self._connection.sock:
-            with contextlib.suppress(OSError):  # not SSLSocket's own, which unsettles its reader
-                socket.socket.shutdown(self._connection.sock, socket.SHUT_RDWR)
+            for wire in self._wires:
+                with wire, suppress(OSError):
+                    wire.shutdown(socket.SHUT_RDWR)
         return 0, reason, {}, b""
 
     def _post(self, payload: bytes) -> Answer:
@@ -464,14 +461,25 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     https_open = http_open
 
     def _connect(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
-        self._connection = http.client.HTTPConnection(host, **options)
-        if self._url.startswith("https:"):
-            self._connection = http.client.HTTPSConnection(host, context=self._tls, **options)
-        return self._connection
+        late_s, wires = self._late_s, self._wires  # this request's, not the next one's
+
+        def _dial(address: tuple[str, int], *_: object) -> socket.socket:
+            wire = socket.create_connection(address, CONNECT_S)
+            if time.monotonic() > late_s:  # nobody waits: the message would stand there twice
+                wire.close()
+                raise TimeoutError("too late to send the message")
+            wire.settimeout(REQUEST_S)
+            wires.append(wire.dup())  # the same connection, whatever TLS makes of the socket
+            return wire
+
+        secure = {"context": self._tls} if self._url.startswith("https:") else {}
+        kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(host, **options, **secure)
+        connection._create_connection = _dial
+        return connection  # type: ignore[no-any-return]
 
 
 # === Courier ======================================================================================
-# Takes the alarms of one room from the spool to Webex, in a thread of its own.
 @dataclass
 class Courier:
     room: str  # its path
@@ -538,13 +546,12 @@ class Courier:
 
 
 # === HTTP =========================================================================================
-# http.server reads the header; whatever leaves in doubt where a request ends is refused here.
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n")
 
 
 def body_length(version: str, fields: Any) -> int | None:
-    """Return the bytes of a body, None if it comes in chunks; raise Refused (RFC 9112, 6.3)."""
+    """Return a body's bytes, None for chunks; raise Refused if in doubt (RFC 9112, 6.3)."""
     length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
     # Programs differ in which of two they believe, which is how requests are smuggled.
     single = ("Authorization", "Content-Length", "Transfer-Encoding")
@@ -580,15 +587,13 @@ def read_body(stream: Any, length: int | None) -> Iterator[bytes]:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
-    protocol_version = "HTTP/1.1"
-    timeout = CLIENT_S
+    protocol_version, timeout = "HTTP/1.1", CLIENT_S
 
     def handle_one_request(self) -> None:
         """Answer one request; the connection stays if it is certain where the next one begins."""
-        self.close_connection = True
+        self.close_connection, self.raw_requestline = True, b""
         body: Iterator[bytes] = iter(())
-        self.raw_requestline = b""
-        with contextlib.suppress(OSError):  # idle for too long, or gone
+        with suppress(OSError):  # idle for too long, or gone
             self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
         self.server.owed.add(self)
         try:
@@ -604,7 +609,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # Read the rest, so that it is certain where the next request begins; and a client that
             # sends all before it reads gets the answer: closing on unread bytes is a reset.
             is_last, self.close_connection = self.close_connection, True
-            with contextlib.suppress(OSError, Refused):
+            with suppress(OSError, Refused):
                 blocks = sum(1 for _ in itertools.islice(body, DRAIN_BLOCKS))
                 self.close_connection = is_last or blocks == DRAIN_BLOCKS
         finally:
@@ -639,7 +644,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def authorise(self) -> None:
         """Raise Refused unless the request has the credentials (RFC 7617, section 2)."""
         (scheme, _, token), given = self.headers.get("Authorization", "").partition(" "), b""
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             given = base64.b64decode(token.strip(), validate=True)
         # Hashes, since compare_digest() tells how long the things are that it compares.
         hashes = [hashlib.sha256(text).digest() for text in (given, self.server.credentials)]
@@ -667,23 +672,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         closing = "close" if self.close_connection else "keep-alive"
         headers = {"Content-Type": "application/json", **headers, "Connection": closing}
-        head = (
-            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Length: {len(body)}\r\n"
-        )
-        head += f"Date: {self.date_time_string()}\r\n"
+        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+        head += f"Content-Length: {len(body)}\r\nDate: {self.date_time_string()}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
         self.wfile.write(head.encode() + (b"" if self.command == "HEAD" else body))
 
 
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    daemon_threads = True  # an idle client must not keep the process from ending
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    allow_reuse_address = daemon_threads = True  # idle clients do not keep the process from ending
     request_queue_size = 1024  # connections that the kernel keeps for the accept loop
 
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
         self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
-        self.spool = spool
+        self.spool, self.owed = spool, set[Handler]()  # owed: those with a request under way
         self.couriers = {courier.room: courier for courier in couriers}
-        self.owed: set[Handler] = set()  # those with a request under way
         host, port = settings["listen"]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -716,9 +718,9 @@ class LineFormatter(logging.Formatter):
 
 def notify(environ: Mapping[str, str], *lines: str) -> None:
     """Tell systemd, where there is one, `READY=1`, `STATUS=…` or `STOPPING=1` (sd_notify(3))."""
-    address = environ.get("NOTIFY_SOCKET", "")
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))  # unix(7)
+    with suppress(KeyError, OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        address = environ["NOTIFY_SOCKET"].replace("@", "\0", 1)  # unix(7)
+        systemd.sendto("\n".join(lines).encode(), address)
 
 
 # === Commands =====================================================================================
@@ -726,8 +728,7 @@ def preview(path: str, environ: Mapping[str, str]) -> None:
     """Print the message for each alarm in a file, or in standard input for "-"; send nothing."""
     zone, now_ms = read_settings(environ, ["time_zone"])["time_zone"], int(time.time() * 1000)
     alarms = parse_alarms(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
-    messages = [format_message(alarm, now_ms, now_ms, zone) + "\n" for _, alarm in alarms]
-    os.write(1, "".join(messages).encode())
+    os.write(1, "".join(f"{format_message(a, now_ms, now_ms, zone)}\n" for _, a in alarms).encode())
 
 
 def serve(environ: Mapping[str, str]) -> None:
@@ -739,14 +740,12 @@ def serve(environ: Mapping[str, str]) -> None:
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
     server = Server(settings, spool, courier)
-    # Blocked in all threads and taken by sigtimedwait() alone. A handler would run in the middle of
-    # anything, such as holding the lock that it needs.
+    # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    delivery = threading.Thread(target=courier.run, name="courier", daemon=True)
-    delivery.start()
+    (delivery := threading.Thread(target=courier.run, name="courier", daemon=True)).start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    where = f"listening on {settings['listen'][0]} port {server.server_port}"
+    where = f"listening on {settings['listen'][0]} port {server.server_address[1]}"
     said, wait_s = "", 0.0
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
         counts = f"{spool.waiting} waiting, {spool.delivered} delivered"
@@ -760,12 +759,12 @@ def serve(environ: Mapping[str, str]) -> None:
         spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
     notify(environ, "STOPPING=1")
     deadline = time.monotonic() + STOP_S
+    courier.stopping.set()  # the send in flight is the last
+    courier.arrived.set()
     server.shutdown()
     server.server_close()
     while server.owed and time.monotonic() < deadline:
         time.sleep(0.02)
-    courier.stopping.set()
-    courier.arrived.set()
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:
         raise RelayError(str(spool.error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
@@ -11,6 +12,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
+import alarmrelay
 from alarmrelay import (
     Answer,
     Courier,
@@ -50,7 +52,7 @@ def test_the_status_decides(status, kind, wait_s):
 @pytest.mark.parametrize(
     "body",
     [b"", b"<html>Log in</html>", b"null", b"[]", b'"id"', b'{"id": ""}', b'{"id": 7}',
-     b'{"ok": 1}', b'{"id": null}', b"\xff\xff", b'{"id": "x"', b"[" * 100_000],
+     b'{"ok": 1}', b'{"id": "\\ud800"}', b"\xff\xff", b'{"id": "x"', b"[" * 100_000],
 )  # fmt: skip
 def test_a_200_without_a_message_id_is_no_delivery(body):
     verdict = judge(answer(200, {}, body), 0, NOW)
@@ -99,6 +101,14 @@ def test_the_reason_holds_webexs_words_what_to_do_and_the_tracking_id(body, reas
     verdict = judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW)
     assert verdict.reason == f"{reason}; check room_id, and that the bot is a member of the room"
     assert verdict.tracking_id == tracking_id
+
+
+def test_what_webex_says_stays_one_line_that_can_be_sent_to_systemd():
+    said = {"message": "no\n\ud800 way\nREADY=1" + "x" * 1000}
+    reason = judge(answer(401, {}, said), 0, NOW).reason
+    assert reason.startswith("401 Reason: no   way READY=1xxx")
+    assert reason.isprintable()
+    assert len(reason) < 400
 
 
 class Clock:
@@ -309,16 +319,52 @@ def test_a_server_that_hangs_is_cut_off_at_the_deadline(spool, webex):
     assert answer[1] == "no answer from Webex within 0.5 s"
 
 
-def test_a_server_that_drips_is_cut_off_at_the_deadline(webex):
-    webex.faults.append(Fault(status=200, take=True, drip_s=0.05))
-    threads = threading.active_count()
-    answer = Webex(webex.url, TOKEN, timeout_s=0.5).post_message({"roomId": ROOM, "markdown": "x"})
-    assert answer[0] == 0
-    for thread in threading.enumerate():  # none stays behind: the drip would go on for minutes
+def assert_no_thread_stays_behind() -> None:
+    for thread in threading.enumerate():
         if thread.name.startswith("webex"):
             thread.join(10)
             assert not thread.is_alive()
-    assert threading.active_count() <= threads + 1
+
+
+@pytest.mark.parametrize("drip_body", [False, True])
+def test_a_server_that_drips_is_cut_off_at_the_deadline(webex, drip_body):
+    webex.faults.append(Fault(status=200, take=True, drip_s=0.05, drip_body=drip_body))
+    answer = Webex(webex.url, TOKEN, timeout_s=0.5).post_message({"roomId": ROOM, "markdown": "x"})
+    assert answer[0] == 0
+    assert_no_thread_stays_behind()  # the drip would go on for hours
+
+
+@pytest.fixture
+def two_addresses(webex, monkeypatch):
+    """Let Webex's name have two addresses, of which the first takes no connection."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        with socket.create_connection(silent.getsockname()):  # fills its queue
+            here = [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+                for address in (
+                    silent.getsockname(),
+                    ("127.0.0.1", int(webex.url.split(":")[2][:-3])),
+                )
+            ]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: here)
+            yield
+
+
+def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, webex, monkeypatch):
+    monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.3)
+    answer = Webex(webex.url, TOKEN, timeout_s=20).post_message({"roomId": ROOM, "markdown": "x"})
+    assert answer[0] == 200
+    assert len(webex.messages) == 1
+
+
+def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, webex, monkeypatch):
+    monkeypatch.setattr(alarmrelay, "CONNECT_S", 1.0)
+    answer = Webex(webex.url, TOKEN, timeout_s=0.2).post_message({"roomId": ROOM, "markdown": "x"})
+    assert answer[0] == 0
+    assert_no_thread_stays_behind()
+    assert webex.requests == []
 
 
 def test_sixty_seconds_are_the_deadline():

@@ -193,10 +193,13 @@ def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
         webex.wait_for(lambda: {1, 2} <= {n for n in numbers(webex) if n})
 
 
-def test_sigterm_lets_the_send_in_flight_end(tmp_path, webex):
+def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex):
     release = threading.Event()
     webex.faults.append(Fault(take=True, status=200, hold=release))
     with Relay(tmp_path, webex.url) as relay:
+        slow = relay.connect()  # a request under way, for which the stop waits
+        slow.putrequest("POST", "/")
+        slow.endheaders()
         relay.post(numbered(1))
         relay.post(numbered(2))
         webex.wait_for(lambda: webex.requests)
@@ -204,6 +207,8 @@ def test_sigterm_lets_the_send_in_flight_end(tmp_path, webex):
         relay.told("STOPPING=1")
         release.set()
         assert relay.process.wait(20) == 0
+        slow.close()
+    assert len(webex.requests) == 1
     with Relay(tmp_path, webex.url):
         webex.wait_for(lambda: len(webex.messages) >= 2)
     assert numbers(webex) == [1, 2]  # the first was recorded, and not sent again

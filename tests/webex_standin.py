@@ -32,6 +32,7 @@ class Fault:
     hold: threading.Event | None = None  # answer only once this is set
     reset_after: bool = False  # the connection, instead of an answer
     drip_s: float | None = None  # answer byte by byte, this many seconds apart, for as long as read
+    drip_body: bool = False  # the header at once
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None  # None: an error as Webex words it
@@ -167,7 +168,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = (
                 json.dumps(taken).encode() if fault.status == 200 else self.error(fault.status, "")
             )
-        self.reply(fault.status, fault.headers, body, fault.drip_s)
+        self.reply(fault.status, fault.headers, body, fault.drip_s, fault.drip_body)
 
     def error(self, status: int, words: str) -> bytes:
         words = words or f"{http.client.responses.get(status, 'odd')}, says the stand-in."
@@ -176,19 +177,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return json.dumps({"message": words, "errors": errors, "trackingId": tracking_id}).encode()
 
     def reply(
-        self, status: int, headers: dict[str, str], body: bytes, drip_s: float | None = None
+        self,
+        status: int,
+        headers: dict[str, str],
+        body: bytes,
+        drip_s: float | None = None,
+        drip_body: bool = False,
     ) -> None:
-        fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        length = str(len(body) if drip_s is None else 10**6)
+        fields = {"Content-Type": "application/json", "Content-Length": length, **headers}
         head = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Odd')}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         answer = f"{head}\r\n".encode() + body
+        at_once = (
+            len(answer) if drip_s is None else answer.index(b"\r\n\r\n") + 4 if drip_body else 0
+        )
+        self.wfile.write(answer[:at_once])
+        self.wfile.flush()
         if drip_s is None:
-            self.wfile.write(answer)
-            self.wfile.flush()
             return
         self.close_connection = True
         with contextlib.suppress(OSError):
-            for byte in answer * 1000:
+            for byte in answer[at_once:] + b" " * 10**6:
                 self.connection.sendall(bytes([byte]))
                 threading.Event().wait(drip_s)
 
