@@ -60,7 +60,11 @@ class Relay:
         self.port = 0
 
     def __enter__(self) -> Relay:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.kill()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         if self.process and self.process.poll() is None:

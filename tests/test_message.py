@@ -238,7 +238,7 @@ ALPHABETS = ["a", "ñ", "接", "🚨", "*", "<", "&", "_", "\n", "\\", "a_*ñ�
 @pytest.mark.parametrize("delay_ms", [0, 3_600_000])
 @pytest.mark.parametrize("where", ["message", "rule_name_display", "value", "values", "keys"])
 def test_no_message_is_longer_than_webex_takes(alphabet, delay_ms, where):
-    for length in (7000, 7100, 7200, 7300, *range(7325, 7345), 7400, 9000, 40_000):
+    for length in (7000, 7200, 7300, 7331, 7336, 7338, 7400, 40_000):
         text = (alphabet * length)[:length]
         alarm: dict = {"receive_time": NOON_MS, "values": [{"first": "kept"}]}
         if where in ("message", "rule_name_display"):
