@@ -1,5 +1,5 @@
 PYTHON = python3
-VENV = .venv/$(notdir $(PYTHON))
+VENV = .venv/$(subst /,_,$(PYTHON))
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12

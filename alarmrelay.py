@@ -50,7 +50,7 @@ log = logging.getLogger("alarmrelay")
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
 BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
-BLOCK_BYTES, DRAIN_BLOCKS = 2**16, 1024  # read at a time, and of a refused body at the most
+BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time, and of a refused body at the most
 CLIENT_S = 75.0  # for a client's next byte; an idle connection lives that long
 DELAYED_MS, DUPLICATE_MS = (
     300_000,
@@ -62,8 +62,7 @@ REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to eac
 ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
 PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
-HOLD_S = 60.0  # between attempts while the token, the room or the message is refused
-STOP_S = 10.0  # for the requests and the send in flight when the relay is stopped
+HOLD_S, STOP_S = 60.0, 10.0  # between attempts that need the operator; for what a stop waits for
 
 
 # === Errors =======================================================================================
@@ -93,7 +92,6 @@ def parse_listen(text: str) -> tuple[str, int]:
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
 HOST = r"(https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])|http://(localhost|127\.[0-9.]+|\[::1\]))"
 URL = HOST + r"(:[0-9]{1,5})?(/[!\"$->A-~]*)?"  # visible ASCII without ?, # and @
-
 # name: default ("" where required), form, type, what is expected. The README has the same table.
 SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
     "bearer_token": ("", WORD, str, "the Webex bot's token, in one word"),
@@ -378,7 +376,7 @@ ADVICE = {
 }
 
 
-def parse_retry_after(text: str, now: datetime) -> float:
+def parse_retry_after(text: str, now_s: float) -> float:
     """Return the seconds that a Retry-After field asks for (RFC 9110, 10.2.3), within bounds."""
     wait_s = PAUSE_S
     with suppress(ValueError, TypeError, IndexError, OverflowError):
@@ -386,11 +384,11 @@ def parse_retry_after(text: str, now: datetime) -> float:
             wait_s = float(text)  # unlike int(), takes any number of digits
         else:
             moment = email.utils.parsedate_to_datetime(text)
-            wait_s = (moment.replace(tzinfo=moment.tzinfo or timezone.utc) - now).total_seconds()
+            wait_s = moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - now_s
     return min(max(wait_s, PAUSE_MIN_S), PAUSE_MAX_S)
 
 
-def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
+def judge(answer: Answer, failures: int, now_s: float) -> Verdict:
     """Decide what an answer means for the message, after so many failures in a row before it."""
     status, reason, headers, body = answer
     content: Any = None
@@ -408,7 +406,7 @@ def judge(answer: Answer, failures: int, now: datetime) -> Verdict:
     reason += f"; {advice}" if advice else ""
     tracking_id = str(content.get("trackingId") or headers.get("trackingId", ""))[:100]
     if status in (423, 429):
-        wait_s = parse_retry_after(headers.get("Retry-After", "").strip(), now)
+        wait_s = parse_retry_after(headers.get("Retry-After", "").strip(), now_s)
         return Verdict("paused", wait_s, reason, tracking_id)
     if 400 <= status < 500:
         return Verdict("refused" if status == 400 else "held", HOLD_S, reason, tracking_id)
@@ -421,8 +419,7 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         super().__init__()
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
-        kind = {"Content-Type": "application/json", "User-Agent": "alarmrelay"}
-        self._headers = {"Authorization": f"Bearer {bearer_token}", **kind}
+        self._headers = {"Authorization": f"Bearer {bearer_token}"}
 
     def post_message(self, message: Mapping[str, str]) -> Answer:
         """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
@@ -444,7 +441,8 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         return 0, reason, {}, b""
 
     def _post(self, payload: bytes) -> Answer:
-        request = urllib.request.Request(f"{self._url}/messages", payload, self._headers)
+        headers = {**self._headers, "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self._url}/messages", payload, headers)
         # Plain http only goes to a loopback address. No handler follows redirects: urllib's would
         # send the token to the other host, by GET.
         proxies = {k: v for k, v in urllib.request.getproxies().items() if k == "https"}
@@ -500,14 +498,12 @@ class Courier:
         if alarm is None:
             return None
         (spool_id, received_ms, body), now_s = alarm, self.clock()
-        now = datetime.fromtimestamp(now_s, timezone.utc)
         message = format_message(DECODER.decode(body), received_ms, int(now_s * 1000), self.zone)
-        room = {"roomId": self.room_id}
-        verdict = judge(self.webex.post_message({**room, "markdown": message}), self.failures, now)
+        room, send = {"roomId": self.room_id}, self.webex.post_message
+        verdict = judge(send({**room, "markdown": message}), self.failures, now_s)
         if verdict.kind == "refused":
             log.warning("alarm %d goes again as plain text: %s", spool_id, verdict.reason)
-            answer = self.webex.post_message({**room, "text": plain_text(message)})
-            verdict = judge(answer, self.failures, now)
+            verdict = judge(send({**room, "text": plain_text(message)}), self.failures, now_s)
         self.failures = self.failures + 1 if verdict.kind == "failed" else 0
         if verdict.kind != "delivered":
             return self._report(spool_id, verdict)
@@ -553,17 +549,20 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n")
 def body_length(version: str, fields: Any) -> int | None:
     """Return a body's bytes, None for chunks; raise Refused if in doubt (RFC 9112, 6.3)."""
     length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
-    # Programs differ in which of two they believe, which is how requests are smuggled.
+    # Programs differ in which of two they believe, which is how requests are smuggled. The parser's
+    # defects that are not of the header are of e-mail with parts, as which a body may be announced.
     single = ("Authorization", "Content-Length", "Transfer-Encoding")
-    if fields.defects or any(len(fields.get_all(name, [])) > 1 for name in single):
+    defects = [defect for defect in fields.defects if "Header" in type(defect).__name__]
+    if defects or any(len(fields.get_all(name, [])) > 1 for name in single):
         raise Refused(400, "a header line is not `name: value`, or is doubled", Connection="close")
-    if coding is not None and coding.lower() != "chunked":
+    if coding is not None and coding.strip().lower() != "chunked":
         raise Refused(501, "the only Transfer-Encoding known is chunked", Connection="close")
     if coding is not None and (length is not None or version != "HTTP/1.1"):
         raise Refused(400, "Transfer-Encoding with a length or HTTP/1.0", Connection="close")
-    if not re.fullmatch("[0-9]{1,18}", "0" if length is None else length) or version == "HTTP/0.9":
+    digits = "0" if length is None else length.rstrip()
+    if version == "HTTP/0.9" or not re.fullmatch("[0-9]{1,18}", digits):
         raise Refused(400, "Content-Length is no number, or HTTP/0.9", Connection="close")
-    return None if coding else int(length or 0)
+    return None if coding else int(digits)
 
 
 def read_body(stream: Any, length: int | None) -> Iterator[bytes]:
@@ -595,24 +594,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body: Iterator[bytes] = iter(())
         with suppress(OSError):  # idle for too long, or gone
             self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
+            if self.raw_requestline == b"\r\n":  # to be passed over, RFC 9112, 2.2
+                self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
         self.server.owed.add(self)
         try:
             if not self.raw_requestline or not self.parse_request():
                 return
-            self.close_connection |= "close" in self.headers.get("Connection", "").lower()
+            self.close_connection |= "close" in str(self.headers.get_all("Connection")).lower()
             body = read_body(self.rfile, body_length(self.request_version, self.headers))
             self.answer(200, self.respond(body))
         except Refused as refusal:
             log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
             self.close_connection |= "Connection" in refusal.headers
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
+        finally:
             # Read the rest, so that it is certain where the next request begins; and a client that
             # sends all before it reads gets the answer: closing on unread bytes is a reset.
-            is_last, self.close_connection = self.close_connection, True
+            left, is_last, self.close_connection = DRAIN_BYTES, self.close_connection, True
             with suppress(OSError, Refused):
-                blocks = sum(1 for _ in itertools.islice(body, DRAIN_BLOCKS))
-                self.close_connection = is_last or blocks == DRAIN_BLOCKS
-        finally:
+                while left > 0 and (block := next(body, b"")):
+                    left -= len(block)
+                self.close_connection = is_last or left <= 0
             self.server.owed.discard(self)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -656,8 +658,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         alarms = parse_alarms(content)
         bodies, now_ms = [text for text, _ in alarms], int(time.time() * 1000)
         request = hashlib.blake2b(courier.room.encode() + b"\n" + content, digest_size=16).digest()
-        posted = Posted(courier.room, request, now_ms, bodies)
-        ids = self.server.spool.store(posted)
+        ids = self.server.spool.store(Posted(courier.room, request, now_ms, bodies))
         courier.arrived.set()
         sender = self.client_address[0]
         for spool_id, (_, alarm) in zip(ids, alarms):
@@ -694,9 +695,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection, in a line."""
-        error = sys.exc_info()[1]
-        is_bug = not isinstance(error, OSError)  # and not only a client that left
+        """Log in a line what ended a connection, with the traceback if no client or network did."""
+        is_bug = not isinstance(error := sys.exc_info()[1], OSError)
         log.warning("%s is gone unanswered: %s", client_address[0], error, exc_info=is_bug)
 
 
@@ -775,8 +775,7 @@ def main() -> int:
     """Run the command that the arguments name; return the exit status."""
     parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
     parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
-    preview_help = "preview: print the message for the alarm in FILE, send nothing"
-    parser.add_argument("command", nargs="?", choices=["preview"], help=preview_help)
+    parser.add_argument("command", nargs="?", choices=["preview"], help="print FILE's message only")
     parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="or stdin")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)

@@ -31,6 +31,7 @@ def main() -> int:
             for text, samples in STORY:
                 say(text)
                 if "503" in text:
+                    webex.wait_for(lambda: len(webex.messages) == 3)
                     webex.faults.append(Fault(status=503))
                 for sample in samples:
                     status, answer = relay.post((PAYLOADS / f"{sample}.json").read_bytes())

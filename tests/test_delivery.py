@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import ssl
 import threading
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
@@ -24,8 +25,7 @@ from alarmrelay import (
     parse_retry_after,
 )
 
-NOW = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc)
-START_S = NOW.timestamp()
+NOW = START_S = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc).timestamp()
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: object = None) -> Answer:
@@ -189,7 +189,19 @@ def test_what_is_broken_is_tried_again_after_one_second_doubling(courier, spool,
 def test_waits_differ_lest_many_relays_come_back_at_once(courier, spool, webex):
     store(spool, "one")
     webex.fault_for = lambda _: Fault(status=503)
-    assert len({courier.step() / 2**exponent for exponent in range(8)}) == 8
+    waits = []
+    for _ in range(40):
+        courier.failures = 0
+        waits.append(courier.step())
+    assert len(set(waits)) == 40
+    assert 0.8 <= min(waits) < 1 < max(waits) <= 1.2
+
+
+def test_the_plain_form_waits_longer_after_each_failure_too(courier, spool, webex):
+    store(spool, "one")
+    webex.faults.extend([Fault(status=400), Fault(status=503)] * 3)
+    for expected in (1, 2, 4):
+        assert expected * 0.8 <= courier.step() <= expected * 1.2
 
 
 def test_a_reset_after_the_message_is_taken_repeats_it_and_loses_nothing(courier, spool, webex):
@@ -365,6 +377,46 @@ def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, web
     assert answer[0] == 0
     assert_no_thread_stays_behind()
     assert webex.requests == []
+
+
+def test_certificates_are_verified():
+    tls = Webex("https://webexapis.com/v1", TOKEN)._tls
+    assert tls.check_hostname
+    assert tls.verify_mode == ssl.CERT_REQUIRED
+
+
+def first_bytes_of_a_request_to(url: str, listener: socket.socket) -> bytes:
+    thread = threading.Thread(
+        target=Webex(url, TOKEN, timeout_s=5).post_message, args=({"roomId": ROOM},)
+    )
+    thread.start()
+    connection, _ = listener.accept()
+    with connection:
+        data = connection.recv(1000)
+    thread.join(10)
+    return data
+
+
+def test_https_is_spoken_with_tls_and_through_the_proxy(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        here = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert first_bytes_of_a_request_to(f"https://{here}/v1", listener)[0] == 0x16  # handshake
+        monkeypatch.setenv("https_proxy", f"http://{here}")
+        asked = first_bytes_of_a_request_to("https://webex.example/v1", listener)
+        assert asked.startswith(b"CONNECT webex.example:443 HTTP/1.")
+        assert TOKEN.encode() not in asked
+
+
+def test_a_slash_at_the_end_of_the_url_is_not_doubled(webex):
+    Webex(webex.url + "/", TOKEN).post_message({"roomId": ROOM, "markdown": "x"})
+    assert webex.requests[0]["path"] == "/v1/messages"
+
+
+def test_an_arrival_during_the_look_into_the_spool_is_not_missed(courier, spool, monkeypatch):
+    monkeypatch.setattr(spool, "oldest_waiting", lambda _: courier.arrived.set())
+    assert courier.step() is None
+    assert courier.arrived.is_set()
 
 
 def test_sixty_seconds_are_the_deadline():

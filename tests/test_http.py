@@ -134,6 +134,25 @@ def test_a_client_that_wants_the_connection_closed_gets_that(client, connection)
     assert client.is_closed()
 
 
+def test_two_connection_fields_are_both_looked_at(client):
+    client.send(post(Connection="keep-alive\r\nConnection: close"))
+    assert client.answer()[1]["connection"] == "close"
+    assert client.is_closed()
+
+
+def test_an_empty_line_before_a_request_is_passed_over(client):
+    client.send(post(), b"\r\n", post())
+    assert [client.answer()[0] for _ in range(2)] == [200, 200]
+
+
+def test_white_space_at_the_end_of_a_field_is_no_part_of_it(client):
+    body = alarm()
+    client.send(head(Content_Length=f"{len(body)} \t"), body)
+    assert client.answer()[0] == 200
+    client.send(head(Transfer_Encoding="chunked \t"), chunked(alarm(), 9))
+    assert client.answer()[0] == 200
+
+
 def test_http_1_0_is_answered_and_closed(client):
     body = alarm()
     client.send(head("POST / HTTP/1.0", Content_Length=len(body)), body)
@@ -141,7 +160,9 @@ def test_http_1_0_is_answered_and_closed(client):
     assert client.is_closed()
 
 
-@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "content_type", [None, "text/plain", "multipart/form-data", "multipart/mixed; boundary=x"]
+)
 def test_the_content_type_is_not_looked_at(client, content_type):
     client.send(post(**({"Content_Type": content_type} if content_type else {})))
     assert client.answer()[0] == 200
@@ -244,6 +265,14 @@ def test_an_answer_to_head_has_no_body(client):
     assert_usable(client)
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/", "/nowhere"])
+def test_the_body_of_a_get_is_not_taken_for_the_next_request(client, path):
+    inner = head("GET /healthz HTTP/1.1")
+    client.send(head(f"GET {path} HTTP/1.1", Content_Length=len(inner)), inner, post())
+    assert client.answer()[0] == {"/healthz": 200, "/": 405, "/nowhere": 404}[path]
+    assert client.answer()[2] == b'{"status": "accepted"}'
+
+
 def test_health_needs_no_credentials(client):
     client.send(head("GET /healthz HTTP/1.1", None))
     status, _, body = client.answer()
@@ -269,12 +298,21 @@ def test_a_larger_body_is_refused_and_its_sender_reads_that(relay, size):
             assert_usable(client)
 
 
-def test_a_larger_body_in_chunks_is_refused_and_its_sender_reads_that(client):
-    client.send(head(Transfer_Encoding="chunked"))
-    for _ in range(80):
-        client.send(b"10000\r\n", b"x" * 0x10000, b"\r\n")
-    client.send(b"0\r\n\r\n")
+@pytest.mark.parametrize("size", [0x200, 0x10000])
+def test_a_larger_body_in_chunks_is_refused_and_its_sender_reads_that(client, size):
+    client.send(head(Transfer_Encoding="chunked"), chunked(b"x" * 8 * MEGABYTE, size))
     assert client.answer()[0] == 413
+    assert_usable(client)
+
+
+def test_a_larger_body_is_refused_before_it_is_there(client):
+    client.send(head(Content_Length=4 * MEGABYTE + 1))
+    assert client.answer()[0] == 413
+
+
+def test_small_chunks_without_credentials_leave_the_connection_usable(client):
+    client.send(head(authorization=None, Transfer_Encoding="chunked"), chunked(b"x" * 8000, 1))
+    assert client.answer()[0] == 401
     assert_usable(client)
 
 
@@ -299,7 +337,10 @@ def test_chunks_are_decoded(client, webex, size, extension):
 BAD_FRAMING = {
     "two lengths": (head(Content_Length="5\r\nContent-Length: 5"), 400),
     "two different lengths": (head(Content_Length="5\r\ncontent-length: 50"), 400),
-    "length and chunked": (head(Content_Length=5, Transfer_Encoding="chunked"), 400),
+    "length and chunked": (
+        head(Content_Length=12, Transfer_Encoding="chunked") + b"2\r\n{}\r\n0\r\n\r\n",
+        400,
+    ),
     "two credentials": (head(Authorization=basic(), Content_Length=5), 400),
     "length with a sign": (head(Content_Length="+5"), 400),
     "length with an underscore": (head(Content_Length="5_0"), 400),
@@ -348,6 +389,8 @@ def test_doubtful_framing_is_refused_and_nothing_after_it_is_a_request(
 def test_no_answer_and_no_log_line_echoes_what_was_sent(client, relay):
     client.send(b"GET /<script>forged</script>\x1b[31m HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b"forged" not in client.answer()[2]
+    client.send(head("POST /forged HTTP/1.1"))
+    assert client.answer()[2] == b'{"error": "no room has this path: alarms are posted to /"}'
     with Client(relay) as other:
         other.send(b"<script>forged</script>\r\n\r\n")
         assert b"forged" not in other.answer()[2]

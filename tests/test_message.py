@@ -163,6 +163,17 @@ def test_the_name_falls_back(fields, name):
     assert f"**Alarm Event** : {name}, **Message**" in message(fields)
 
 
+def test_what_comes_first_wins():
+    alarm = {"rule_name_display": "a", "rulename": "b", "type": "c", "eventname": "d"}
+    for key in list(alarm):
+        assert f"**Alarm Event** : {alarm[key]}, " in message(alarm)
+        del alarm[key]
+    alarm = {"values_short_display": [{"a": 1}], "values": [{"b": 1}], "devices": [{"c": 1}]}
+    for name in "abc":
+        assert shown_values(alarm) == [(name, "1")]
+        del alarm[next(iter(alarm))]
+
+
 @pytest.mark.parametrize(
     ("alarm", "shown"),
     [

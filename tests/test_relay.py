@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import os
@@ -10,13 +11,19 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
+import sqlite3
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from harness import PASSWORD, PAYLOADS, PROGRAM, Relay, basic
 from webex_standin import TOKEN, Fault, WebexStandIn
+
+from alarmrelay import Posted, Spool
 
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
 RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
@@ -169,6 +176,12 @@ def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
     assert numbers(webex) == [1]
 
 
+def wait_until_nothing_listens(relay: Relay) -> None:
+    """Wait until the stop is past the accept loop; only then does it wait for what is under way."""
+    while is_taken(relay.port):
+        pass
+
+
 def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
     relay = Relay(tmp_path, webex.url).start()
     idle, busy = relay.connect(), relay.connect()
@@ -182,6 +195,9 @@ def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
     relay.post(numbered(2))  # answered after the relay has begun to read the one above
     relay.terminate()
     relay.told("STOPPING=1")
+    wait_until_nothing_listens(relay)
+    with pytest.raises(subprocess.TimeoutExpired):
+        relay.process.wait(1)  # it waits for us
     busy.send(body[10:])
     assert busy.getresponse().status == 200
     assert relay.process.wait(20) == 0
@@ -205,13 +221,69 @@ def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex
         webex.wait_for(lambda: webex.requests)
         relay.terminate()
         relay.told("STOPPING=1")
+        wait_until_nothing_listens(relay)
+        slow.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            relay.process.wait(1)  # it waits for Webex
         release.set()
         assert relay.process.wait(20) == 0
-        slow.close()
     assert len(webex.requests) == 1
     with Relay(tmp_path, webex.url):
         webex.wait_for(lambda: len(webex.messages) >= 2)
     assert numbers(webex) == [1, 2]  # the first was recorded, and not sent again
+
+
+def test_ctrl_c_stops_it_as_well(relay):
+    relay.process.send_signal(signal.SIGINT)
+    assert relay.process.wait(20) == 0
+
+
+def test_systemd_is_told_at_a_path_as_well(tmp_path, webex):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(20)
+        relay = Relay(tmp_path, webex.url)
+        environ = {**relay.environ, "NOTIFY_SOCKET": path}
+        with subprocess.Popen(relay.command, env=environ, stderr=subprocess.DEVNULL) as process:
+            assert systemd.recv(1000) == b"READY=1"
+            process.terminate()
+
+
+def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
+    now_ms, day_ms = int(time.time() * 1000), 86_400_000
+    spool = Spool(tmp_path / "state")
+    for days in (29, 31):
+        spool.store(Posted("/", b"%d" % days, now_ms - days * day_ms, ["{}"]))
+        spool.set_delivered(spool.oldest_waiting("/")[0], "m", now_ms - days * day_ms)
+    spool.store(Posted("/", b"many", now_ms, ["{}"] * 100_000))
+    spool.close()
+    webex.fault_for = lambda _: Fault(status=401)
+    with Relay(tmp_path, webex.url) as relay:
+        relay.told("100000 waiting")
+        connection = relay.connect()
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 503
+        connection.close()
+        connection.request("POST", "/", b"{}", {"Authorization": basic()})
+        refusal = connection.getresponse()
+        assert (refusal.status, refusal.headers["Retry-After"]) == (503, "30")
+        connection.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / "alarmrelay.db")) as db:
+        ids = [row[0] for row in db.execute("SELECT id FROM alarm ORDER BY id LIMIT 2")]
+    assert ids == [1, 3]
+
+
+def test_webex_cannot_forge_a_line_of_the_log(relay, webex):
+    words = "x\n<0>forged\x1b\u2028"
+    webex.faults.append(Fault(status=200, body=json.dumps({"id": words}).encode()))
+    webex.faults.append(Fault(status=404, body=json.dumps({"message": words}).encode()))
+    webex.faults.append(Fault(status=404, headers={"trackingId": "forged\x0b\x85"}, body=b""))
+    relay.post(numbered(1))
+    relay.told("delivery held")
+    for line in relay.log().splitlines():
+        assert line.isprintable()
+        assert not line.startswith("<0>")
 
 
 def test_a_client_that_says_nothing_does_not_keep_the_relay_from_stopping(tmp_path, webex):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, environment
+from harness import PROGRAM, Relay, environment
 
 from alarmrelay import SETTINGS, RelayError, read_settings
 
@@ -183,13 +183,17 @@ def test_a_state_directory_that_cannot_be_is_a_clear_error(tmp_path):
 
 @pytest.mark.parametrize("variable", ["XDG_STATE_HOME", "HOME"])
 def test_without_systemd_the_spool_is_in_the_users_state(tmp_path, webex, variable):
-    from harness import Relay
-
     home = str(tmp_path / "home")
     folder = Path(home) if variable == "XDG_STATE_HOME" else Path(home, ".local", "state")
     with Relay(tmp_path, webex.url, STATE_DIRECTORY=None, **{variable: home}):
         assert (folder / "alarmrelay" / "alarmrelay.db").exists()
         assert (folder / "alarmrelay" / "alarmrelay.db").stat().st_mode & 0o077 == 0
+
+
+def test_of_several_state_directories_the_first_is_taken(tmp_path, webex):
+    first = tmp_path / "first"
+    with Relay(tmp_path, webex.url, STATE_DIRECTORY=f"{first}:{tmp_path / 'second'}"):
+        assert (first / "alarmrelay.db").exists()
 
 
 def test_usage_and_version():

@@ -137,6 +137,19 @@ def test_a_duplicate_is_known_after_a_restart(tmp_path):
     again.close()
 
 
+def test_after_a_restart_the_oldest_are_forgotten_first(tmp_path):
+    now_ms = int(time.time() * 1000)
+    spool = Spool(tmp_path)
+    spool.store(posted("a", request=b"nine minutes", received_ms=now_ms - 540_000))
+    spool.store(posted("b", request=b"one minute", received_ms=now_ms - 60_000))
+    spool.close()
+    again = Spool(tmp_path)
+    later_ms = now_ms + 120_000
+    assert len(again.store(posted("a", request=b"nine minutes", received_ms=later_ms))) == 1
+    assert len(again.store(posted("b", request=b"one minute", received_ms=later_ms))) == 0
+    again.close()
+
+
 def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
     at = 1_700_000_000_000
     spool.store(posted("a", request=b"r", received_ms=at))
