@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -49,16 +51,24 @@ def is_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.skipif(is_taken(5001), reason="something else listens on port 5001 of this machine")
 def test_the_workshops_sample_stands_in_the_room_byte_for_byte(tmp_path, webex):
     environ = {"webhook_username": "cleur", "webhook_password": "cleur"}
-    with Relay(tmp_path, webex.url, listen="127.0.0.1:5001", **environ) as relay:
-        assert relay.port == 5001
+    with Relay(tmp_path, webex.url, **environ) as relay:
         sample = (PAYLOADS / "system_reboot_issued.json").read_bytes()
         answer = relay.post(sample, Authorization=basic("cleur", "cleur"))
         assert answer == (200, {"status": "accepted"})
         webex.wait_for(lambda: webex.messages)
     assert webex.texts() == [WORKSHOP_MESSAGE]
+
+
+def test_it_listens_on_port_5001_of_every_address_by_default(tmp_path, webex):
+    with (Path(tempfile.gettempdir()) / "alarmrelay-test-port-5001").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # another run of these tests may be at it
+        if is_taken(5001):
+            pytest.skip("something else listens on port 5001 of this machine")
+        with Relay(tmp_path, webex.url, listen=None) as relay:
+            assert relay.post(numbered(1)) == (200, {"status": "accepted"})
+            assert " listening on 0.0.0.0 port 5001; " in relay.log()
 
 
 def test_every_sample_and_every_recorded_alarm_gets_through_in_order(relay, webex):
