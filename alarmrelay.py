@@ -115,6 +115,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
         credential = Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
         with suppress(OSError, LookupError, ValueError):  # ZoneInfo raises each of them
             if credential.exists():  # it wins over the variable; systemd.exec(5), "Credentials"
+                text, expected = "", f"{expected}, in the file {credential}"
                 text = credential.read_text(encoding="utf-8").strip() or default
             if re.fullmatch(form, text):
                 settings[name] = parse(text)
