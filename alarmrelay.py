@@ -21,12 +21,14 @@ import hmac
 import html
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -49,13 +51,16 @@ __version__ = "0.1.0"
 log = logging.getLogger("alarmrelay")
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
+HEADER_BYTES = 2**18  # of a request's first line and fields; a password may have 100 KB
 BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
 BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time, and of a refused body at the most
-CLIENT_S = 75.0  # for a client's next byte; an idle connection lives that long
-DELAYED_MS, DUPLICATE_MS = (
-    300_000,
-    600_000,
-)  # later, an alarm is old news; sooner, equal bytes a retry
+HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake and a header; for a body, which has credentials
+IDLE_S = 75.0  # between the requests of a connection that has shown credentials; else HEADER_S
+LINGER_S = 2.0  # for a client to hang up after its last answer
+CONNECTIONS, THREADS = 4096, 1024  # at once; a thread serves one, the others wait for one
+SPARE_FILES = 40  # descriptors left for the spool, Webex and name lookups
+DELAYED_MS = 300_000  # older when it is delivered, an alarm is old news
+DUPLICATE_MS = 600_000  # sooner, the same bytes are a sender's retry
 WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
 TICK_S, RETENTION_STEP = 1.0, 500  # between two status lines, and old alarms deleted in that time
 REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to each of its addresses
@@ -90,6 +95,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
+PATH = f"({LINE})?"
 HOST = r"(https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])|http://(localhost|127\.[0-9.]+|\[::1\]))"
 URL = HOST + r"(:[0-9]{1,5})?(/[!\"$->A-~]*)?"  # visible ASCII without ?, # and @
 # name: default ("" where required), form, type, what is expected. The README has the same table.
@@ -99,10 +105,32 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
     "webhook_username": ("", f"(?!.*:){LINE}", str, "a name for vManage, without a colon"),
     "webhook_password": ("", LINE, str, "a password for vManage, in one line"),
     "listen": ("0.0.0.0:5001", r"([0-9.]+|\[.+\]):[0-9]{1,5}", parse_listen, "address:port"),
+    "tls_certificate": ("", PATH, str, "a PEM file that the relay can read, for https"),
+    "tls_key": ("", PATH, str, "the PEM file with the key of tls_certificate, no pass phrase"),
     "time_zone": ("Europe/Madrid", WORD, zoneinfo.ZoneInfo, "an IANA name, as Europe/Madrid"),
     "webex_url": ("https://webexapis.com/v1", URL, str, "https, or http to a loopback address"),
     "retention_days": ("30", "[1-9][0-9]{0,4}", int, "a number of days from 1 to 99999"),
 }
+
+
+def load_tls(certificate: str, key: str) -> ssl.SSLContext | None:
+    """Return what https is served with, None if neither file is set; raise ValueError."""
+    context, name, path = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "tls_certificate", certificate
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
+    try:
+        if certificate:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(certificate)
+            name, path = "tls_key", key
+        if certificate and key:
+            context.load_cert_chain(certificate, key, password="")  # else it would ask a terminal
+        elif certificate or key:
+            raise ValueError(
+                f"{name}: expected {SETTINGS[name][3]}, found nothing: export {name}=..."
+            )
+    except OSError as error:  # ssl.SSLError is one
+        found = f"{path}: {getattr(error, 'reason', None) or error.strerror}"
+        raise ValueError(f"{name}: expected {SETTINGS[name][3]}, found {found}") from error
+    return context if certificate else None
 
 
 def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
@@ -117,6 +145,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
             if credential.exists():  # it wins over the variable; systemd.exec(5), "Credentials"
                 text, expected = "", f"{expected}, in the file {credential}"
                 text = credential.read_text(encoding="utf-8").strip() or default
+                text = str(credential) if text.startswith("-----BEGIN ") else text  # PEM
             if re.fullmatch(form, text):
                 settings[name] = parse(text)
                 continue
@@ -126,6 +155,11 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
         found = repr(text[:99]) if shown and "?" not in text else "a hidden value"
         found = found if text else f"nothing: export {name}=..."
         problems.append(f"{name}: expected {expected}, found {found}")
+    if {"tls_certificate", "tls_key"} <= settings.keys():
+        try:
+            settings["tls"] = load_tls(settings["tls_certificate"], settings["tls_key"])
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise RelayError("\n".join(problems), exit_status=78)
     return settings
@@ -377,6 +411,9 @@ ADVICE = {
 }
 
 
+DISTRUST = "; does a proxy open TLS? set SSL_CERT_FILE to its authority; is the clock right?"
+
+
 def parse_retry_after(text: str, now_s: float) -> float:
     """Return the seconds that a Retry-After field asks for (RFC 9110, 10.2.3), within bounds."""
     wait_s = PAUSE_S
@@ -421,21 +458,25 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
         self._headers = {"Authorization": f"Bearer {bearer_token}"}
+        # urllib bounds neither a name lookup nor a server that drips: this thread may be late. One
+        # that hangs for longer lets the next request wait, instead of more threads hang.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "webex")
 
     def post_message(self, message: Mapping[str, str]) -> Answer:
         """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
-        # urllib bounds neither a name lookup nor a server that drips; a thread can be left behind.
         self._late_s, self._wires = time.monotonic() + self._timeout_s, list[socket.socket]()
-        pool = concurrent.futures.ThreadPoolExecutor(1, "webex")
+        answer = self._thread.submit(self._post, json.dumps(message).encode())
         try:
-            return pool.submit(self._post, json.dumps(message).encode()).result(self._timeout_s)
+            return answer.result(self._timeout_s)
         except concurrent.futures.TimeoutError:
             reason = f"no answer from Webex within {self._timeout_s:g} s"
         except (OSError, http.client.HTTPException, ValueError) as error:
             # Not the text of all of them: it may hold the password of a proxy.
-            reason = f"no answer from Webex: {getattr(error, 'reason', type(error).__name__)}"
+            cause = getattr(error, "reason", type(error).__name__)
+            is_distrust = isinstance(cause, ssl.SSLCertVerificationError)
+            reason = f"no answer from Webex: {cause}{DISTRUST if is_distrust else ''}"
         finally:
-            pool.shutdown(wait=False)
+            answer.cancel()
             for wire in self._wires:
                 with wire, suppress(OSError):
                     wire.shutdown(socket.SHUT_RDWR)
@@ -543,30 +584,54 @@ class Courier:
 
 
 # === HTTP =========================================================================================
+# A request that is not to the letter of RFC 9112 is refused: programs differ in how they read such,
+# which is how requests are smuggled. Each part of it has a deadline and a bound as a whole.
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n")
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+FIRST_LINE = re.compile(
+    rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN  # or absolute, 3.2.2
+)
+FIELD_LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % TOKEN)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
 
-def body_length(version: str, fields: Any) -> int | None:
+class Wire(io.RawIOBase):
+    """A connection's bytes for a BufferedReader, until deadline_s (monotonic) and no longer."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self.deadline_s = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read what is there, or wait for it; raise Refused at the deadline."""
+        # A socket's own time-out begins anew with each recv(): who drips would never be late.
+        left_s = self.deadline_s - time.monotonic()
+        with suppress(socket.timeout):
+            if left_s > 0:
+                self._connection.settimeout(left_s)
+                return self._connection.recv_into(buffer)
+        raise Refused(408, "the request came too slowly", Connection="close")
+
+
+def body_length(version: str, fields: http.client.HTTPMessage) -> int | None:
     """Return a body's bytes, None for chunks; raise Refused if in doubt (RFC 9112, 6.3)."""
     length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
-    # Programs differ in which of two they believe, which is how requests are smuggled. The parser's
-    # defects that are not of the header are of e-mail with parts, as which a body may be announced.
     single = ("Authorization", "Content-Length", "Transfer-Encoding")
-    defects = [defect for defect in fields.defects if "Header" in type(defect).__name__]
-    if defects or any(len(fields.get_all(name, [])) > 1 for name in single):
-        raise Refused(400, "a header line is not `name: value`, or is doubled", Connection="close")
-    if coding is not None and coding.strip().lower() != "chunked":
+    if any(len(fields.get_all(name, [])) > 1 for name in single):
+        raise Refused(400, "a header field is doubled", Connection="close")
+    if coding is not None and coding.lower() != "chunked":
         raise Refused(501, "the only Transfer-Encoding known is chunked", Connection="close")
-    if coding is not None and (length is not None or version != "HTTP/1.1"):
+    if coding is not None and (length is not None or version == "HTTP/1.0"):
         raise Refused(400, "Transfer-Encoding with a length or HTTP/1.0", Connection="close")
-    digits = "0" if length is None else length.rstrip()
-    if version == "HTTP/0.9" or not re.fullmatch("[0-9]{1,18}", digits):
-        raise Refused(400, "Content-Length is no number, or HTTP/0.9", Connection="close")
+    digits = "0" if length is None else length
+    if not re.fullmatch("[0-9]{1,18}", digits):  # int() takes a sign, an underscore, other scripts
+        raise Refused(400, "Content-Length is no number", Connection="close")
     return None if coding else int(digits)
 
 
-def read_body(stream: Any, length: int | None) -> Iterator[bytes]:
+def read_body(stream: io.BufferedReader, length: int | None) -> Iterator[bytes]:
     """Yield a body in blocks; raise Refused, or ConnectionError if the client leaves."""
     while True:
         size = length
@@ -587,43 +652,106 @@ def read_body(stream: Any, length: int | None) -> Iterator[bytes]:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
-    protocol_version, timeout = "HTTP/1.1", CLIENT_S
+    rfile: io.BufferedReader
+    headers: http.client.HTTPMessage
+    is_trusted = False  # the connection has shown credentials
+
+    def setup(self) -> None:
+        """Make ready to read; the handshake waits for handle(), since it may fail."""
+        self.connection = self.request
+        if tls := self.server.tls:
+            self.connection = tls.wrap_socket(self.request, True, do_handshake_on_connect=False)
+        self.wire = Wire(self.connection)
+        self.rfile = io.BufferedReader(self.wire)
+
+    def handle(self) -> None:
+        """Shake hands where TLS is on, and answer requests until the connection is to end."""
+        if self.server.tls:
+            self.connection.settimeout(HEADER_S)  # for the whole handshake
+            self.connection.do_handshake()
+        super().handle()
+
+    def finish(self) -> None:
+        """End the connection so that its client can read the last answer."""
+        with self.connection, suppress(OSError, Refused):
+            if self.server.tls:
+                self.connection.settimeout(0)
+                with suppress(OSError):
+                    self.connection.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
+            # To close on unread bytes is a reset, which can overtake the answer.
+            self.connection.shutdown(socket.SHUT_WR)
+            self.wire.deadline_s, left = time.monotonic() + LINGER_S, DRAIN_BYTES
+            while left > 0 and (block := self.wire.read(BLOCK_BYTES)):
+                left -= len(block)
 
     def handle_one_request(self) -> None:
-        """Answer one request; the connection stays if it is certain where the next one begins."""
-        self.close_connection, self.raw_requestline = True, b""
+        """Wait for a request and answer it; leave quietly if none comes."""
+        self.command, self.close_connection, is_there = "", True, False
+        self.wire.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else HEADER_S)
+        with suppress(OSError, Refused):
+            is_there = bool(self.rfile.peek(1))
+        if is_there:
+            self.server.owed.add(self)
+            try:
+                self.answer_request()
+            finally:
+                self.server.owed.discard(self)
+
+    def answer_request(self) -> None:
+        """Answer; the connection stays if it is certain where the next request begins."""
+        self.wire.deadline_s, self.awaits_continue = time.monotonic() + HEADER_S, False
         body: Iterator[bytes] = iter(())
-        with suppress(OSError):  # idle for too long, or gone
-            self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
-            if self.raw_requestline == b"\r\n":  # to be passed over, RFC 9112, 2.2
-                self.raw_requestline = self.rfile.readline(BLOCK_BYTES)
-        self.server.owed.add(self)
         try:
-            if not self.raw_requestline or not self.parse_request():
+            if not self.parse_request():
                 return
-            self.close_connection |= "close" in str(self.headers.get_all("Connection")).lower()
             body = read_body(self.rfile, body_length(self.request_version, self.headers))
             self.answer(200, self.respond(body))
         except Refused as refusal:
             log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
             self.close_connection |= "Connection" in refusal.headers
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
-        finally:
-            # Read the rest, so that it is certain where the next request begins; and a client that
-            # sends all before it reads gets the answer: closing on unread bytes is a reset.
-            left, is_last, self.close_connection = DRAIN_BYTES, self.close_connection, True
-            with suppress(OSError, Refused):
-                while left > 0 and (block := next(body, b"")):
-                    left -= len(block)
-                self.close_connection = is_last or left <= 0
-            self.server.owed.discard(self)
+        # Read the rest, so that it is certain where the next request begins.
+        left, is_last, self.close_connection = DRAIN_BYTES, self.close_connection, True
+        self.wire.deadline_s = time.monotonic() + HEADER_S
+        with suppress(OSError, Refused):
+            while not is_last and left > 0 and (block := next(body, b"")):
+                left -= len(block)
+            self.close_connection = is_last or left <= 0
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        raise Refused(400, "the header cannot be read", Connection="close")  # without an echo of it
+    def parse_request(self) -> bool:
+        """Read the header; return False if the client has left without a word; raise Refused."""
+        self.headers, self.left_bytes = http.client.HTTPMessage(), HEADER_BYTES
+        if self.rfile.peek(1)[:1] == b"\x16":  # a handshake; RFC 8446, 5.1
+            words = "this is TLS: the URL must begin with http://, or set tls_certificate"
+            raise Refused(400, words, Connection="close")
+        if not (first := self.read_line(FIRST_LINE) or self.read_line(FIRST_LINE)):
+            return False
+        self.command, path, self.request_version = (part.decode() for part in first.groups())
+        self.path = path.partition("?")[0]
+        while field := self.read_line(FIELD_LINE):
+            self.headers[field[1].decode()] = field[2].decode("latin-1").strip(" \t")
+        connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+        self.close_connection = "close" in map(str.strip, connection)
+        self.close_connection |= self.request_version == "HTTP/1.0"
+        self.awaits_continue = self.headers.get("Expect", "").lower() == "100-continue"
+        return True
+
+    def read_line(self, form: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        """Return a line of the header, None for an empty one or the end; raise Refused."""
+        line = self.rfile.readline(self.left_bytes)
+        self.left_bytes -= len(line)
+        if not self.left_bytes:
+            raise Refused(431, f"a header has {HEADER_BYTES} bytes at most", Connection="close")
+        match = form.fullmatch(line)
+        if not match and line.endswith(b"\n") and line != b"\r\n":
+            raise Refused(400, "the header cannot be read", Connection="close")
+        if not match and line != b"\r\n" and (line or form is FIELD_LINE):
+            raise ConnectionError("the client left in the middle of a header")
+        return match
 
     def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
         """Do what the request asks and return the answer; raise Refused."""
-        path = self.path.partition("?")[0]
+        path = self.path
         allowed = "GET" if path == "/healthz" else "POST"
         if path != "/healthz":
             self.authorise()
@@ -634,13 +762,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == "/healthz":
             self.server.spool.check()
             return {"status": "ok"}
-        length = self.headers.get("Content-Length", "0")
         if not {"content-length", "transfer-encoding"} & {name.lower() for name in self.headers}:
             raise Refused(411, "the relay is reached, but the request has no length and no alarm")
-        content = bytearray()
+        content, length = bytearray(), int(self.headers.get("Content-Length", "0"))
+        if self.awaits_continue and length <= BODY_BYTES:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.awaits_continue = False
+        self.wire.deadline_s = time.monotonic() + BODY_S
         for block in itertools.chain([b""], body):
             content += block
-            if max(len(content), int(length)) > BODY_BYTES:
+            if max(len(content), length) > BODY_BYTES:
                 raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
         return self.take(self.server.couriers[path], bytes(content))
 
@@ -653,6 +784,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hashes = [hashlib.sha256(text).digest() for text in (given, self.server.credentials)]
         if not hmac.compare_digest(*hashes) or scheme.lower() != "basic":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
+        self.is_trusted = True
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
@@ -672,12 +804,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status: int, content: Mapping[str, str], **headers: str) -> None:
         """Send header and body at once: apart, one waits for the other's acknowledgement."""
         body = json.dumps(content).encode()
+        # A client that waits for "100 Continue" may send its body now, or may not.
+        self.close_connection |= self.awaits_continue
         closing = "close" if self.close_connection else "keep-alive"
         headers = {"Content-Type": "application/json", **headers, "Connection": closing}
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
         head += f"Content-Length: {len(body)}\r\nDate: {self.date_time_string()}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
-        self.wfile.write(head.encode() + (b"" if self.command == "HEAD" else body))
+        self.connection.settimeout(HEADER_S)
+        self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else body))
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -688,12 +823,68 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
         self.spool, self.owed = spool, set[Handler]()  # owed: those with a request under way
         self.couriers = {courier.room: courier for courier in couriers}
+        self.tls: ssl.SSLContext | None = settings["tls"]
+        self._lock = threading.Lock()  # guards the two below
+        self._waiting: list[Any] = []  # connections without a thread, with their addresses
+        self._served: collections.Counter[str] = collections.Counter()  # with one, by address
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._places = threading.Semaphore(max(8, min(CONNECTIONS, files - SPARE_FILES)))
         host, port = settings["listen"]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
             raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        """Accept a connection; raise OSError if none can be had now."""
+        if not self._places.acquire(timeout=TICK_S):
+            log.warning("all connections are taken: new ones wait in the kernel until one ends")
+            raise BlockingIOError
+        try:
+            connection, (host, port, *_) = self.socket.accept()
+        except OSError as error:  # descriptors or memory: at once it would be so again
+            self._places.release()
+            log.warning("no connection can be accepted, tried again in %g s: %s", TICK_S, error)
+            time.sleep(TICK_S)
+            raise
+        return connection, (host.removeprefix("::ffff:"), port)  # IPv4, RFC 4291, 2.5.5.2
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._waiting.append((request, client_address))
+
+    def service_actions(self) -> None:
+        """Start threads; serve_forever() calls this after each connection and from time to time."""
+        try:
+            while following := self._next():
+                threading.Thread(target=self._work, args=following, daemon=True).start()
+        except RuntimeError as error:  # the host has none to give, but again when some have ended
+            log.warning("%s waits for a thread: %s", following[1][0], error)
+            with self._lock:
+                self._served[following[1][0]] -= 1
+                self._waiting.insert(0, following)
+
+    def _next(self) -> Any:
+        """Take the first connection whose address has fewer threads than are left for others."""
+        with self._lock:
+            left = THREADS - sum(self._served.values())
+            for number, (_, (host, _)) in enumerate(self._waiting):
+                if self._served[host] < left:
+                    self._served[host] += 1
+                    return self._waiting.pop(number)
+        return None
+
+    def _work(self, *following: Any) -> None:
+        while following:
+            self.process_request_thread(*following)
+            with self._lock:
+                self._served[following[1][0]] -= 1
+                self._served += collections.Counter()  # forgets those at zero
+            following = self._next()
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log in a line what ended a connection, with the traceback if no client or network did."""
@@ -745,7 +936,9 @@ def serve(environ: Mapping[str, str]) -> None:
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     (delivery := threading.Thread(target=courier.run, name="courier", daemon=True)).start()
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    (accepting := threading.Thread(target=server.serve_forever, name="accept", daemon=True)).start()
+    if not (settings["tls"] or ipaddress.ip_address(settings["listen"][0]).is_loopback):
+        log.warning("no tls_certificate: password and alarms come over the network in plain text")
     where = f"listening on {settings['listen'][0]} port {server.server_address[1]}"
     said, wait_s = "", 0.0
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
@@ -763,6 +956,7 @@ def serve(environ: Mapping[str, str]) -> None:
     courier.stopping.set()  # the send in flight is the last
     courier.arrived.set()
     server.shutdown()
+    accepting.join(STOP_S)
     server.server_close()
     while server.owed and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -331,19 +331,16 @@ def test_a_server_that_hangs_is_cut_off_at_the_deadline(spool, webex):
     assert answer[1] == "no answer from Webex within 0.5 s"
 
 
-def assert_no_thread_stays_behind() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("webex"):
-            thread.join(10)
-            assert not thread.is_alive()
+def assert_no_request_stays_behind(client: Webex) -> None:
+    client._thread.submit(int).result(10)  # its only thread is free again
 
 
 @pytest.mark.parametrize("drip_body", [False, True])
 def test_a_server_that_drips_is_cut_off_at_the_deadline(webex, drip_body):
     webex.faults.append(Fault(status=200, take=True, drip_s=0.05, drip_body=drip_body))
-    answer = Webex(webex.url, TOKEN, timeout_s=0.5).post_message({"roomId": ROOM, "markdown": "x"})
-    assert answer[0] == 0
-    assert_no_thread_stays_behind()  # the drip would go on for hours
+    client = Webex(webex.url, TOKEN, timeout_s=0.5)
+    assert client.post_message({"roomId": ROOM, "markdown": "x"})[0] == 0
+    assert_no_request_stays_behind(client)  # the drip would go on for hours
 
 
 @pytest.fixture
@@ -373,9 +370,9 @@ def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, we
 
 def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, webex, monkeypatch):
     monkeypatch.setattr(alarmrelay, "CONNECT_S", 1.0)
-    answer = Webex(webex.url, TOKEN, timeout_s=0.2).post_message({"roomId": ROOM, "markdown": "x"})
-    assert answer[0] == 0
-    assert_no_thread_stays_behind()
+    client = Webex(webex.url, TOKEN, timeout_s=0.2)
+    assert client.post_message({"roomId": ROOM, "markdown": "x"})[0] == 0
+    assert_no_request_stays_behind(client)
     assert webex.requests == []
 
 
