@@ -30,6 +30,7 @@ import os
 import re
 import resource
 import secrets
+import selectors
 import signal
 import socket
 import socketserver
@@ -655,6 +656,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     headers: http.client.HTTPMessage
     is_trusted = False  # the connection has shown credentials
+    is_amid = True  # a handshake or a request, and the client may go on sending
 
     def setup(self) -> None:
         """Make ready to read; the handshake waits for handle(), since it may fail."""
@@ -678,19 +680,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.connection.settimeout(0)
                 with suppress(OSError):
                     self.connection.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
-            # To close on unread bytes is a reset, which can overtake the answer.
             self.connection.shutdown(socket.SHUT_WR)
+            # To close while bytes come in is a reset, which can overtake the answer.
             self.wire.deadline_s, left = time.monotonic() + LINGER_S, DRAIN_BYTES
-            while left > 0 and (block := self.wire.read(BLOCK_BYTES)):
+            while self.is_amid and left > 0 and (block := self.wire.read(BLOCK_BYTES)):
                 left -= len(block)
 
     def handle_one_request(self) -> None:
         """Wait for a request and answer it; leave quietly if none comes."""
-        self.command, self.close_connection, is_there = "", True, False
+        self.command, self.close_connection, self.is_amid = "", True, False
         self.wire.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else HEADER_S)
         with suppress(OSError, Refused):
-            is_there = bool(self.rfile.peek(1))
-        if is_there:
+            self.is_amid = bool(self.rfile.peek(1))
+        if self.is_amid:
             self.server.owed.add(self)
             try:
                 self.answer_request()
@@ -700,7 +702,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_request(self) -> None:
         """Answer; the connection stays if it is certain where the next request begins."""
         self.wire.deadline_s, self.awaits_continue = time.monotonic() + HEADER_S, False
-        body: Iterator[bytes] = iter(())
+        left, body = DRAIN_BYTES, iter(list[bytes]())
         try:
             if not self.parse_request():
                 return
@@ -710,13 +712,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
             self.close_connection |= "Connection" in refusal.headers
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
+            left = 0 if "Connection" in refusal.headers or self.awaits_continue else left
         # Read the rest, so that it is certain where the next request begins.
-        left, is_last, self.close_connection = DRAIN_BYTES, self.close_connection, True
         self.wire.deadline_s = time.monotonic() + HEADER_S
         with suppress(OSError, Refused):
-            while not is_last and left > 0 and (block := next(body, b"")):
+            while left > 0 and (block := next(body, b"")):
                 left -= len(block)
-            self.close_connection = is_last or left <= 0
+            self.is_amid = left <= 0
+        self.close_connection |= self.is_amid
 
     def parse_request(self) -> bool:
         """Read the header; return False if the client has left without a word; raise Refused."""
@@ -828,6 +831,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._waiting: list[Any] = []  # connections without a thread, with their addresses
         self._served: collections.Counter[str] = collections.Counter()  # with one, by address
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._is_stopping, (self._awake, self._waker) = False, os.pipe()
         self._places = threading.Semaphore(max(8, min(CONNECTIONS, files - SPARE_FILES)))
         host, port = settings["listen"]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -835,6 +839,22 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().__init__((host, port), Handler)
         except OSError as error:
             raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
+
+    def serve_forever(self, poll_interval: float = TICK_S) -> None:
+        """Accept connections until shutdown() says so, and then end at once."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._awake, selectors.EVENT_READ)
+            while not self._is_stopping:
+                if selector.select(poll_interval) and not self._is_stopping:
+                    with suppress(OSError):  # which get_request() has logged
+                        self.process_request(*self.get_request())
+                self.service_actions()
+
+    def shutdown(self) -> None:
+        """Let serve_forever() end; the connections that it has accepted are still served."""
+        self._is_stopping = True
+        os.close(self._waker)
 
     def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
         """Accept a connection; raise OSError if none can be had now."""
@@ -854,7 +874,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._waiting.append((request, client_address))
 
     def service_actions(self) -> None:
-        """Start threads; serve_forever() calls this after each connection and from time to time."""
+        """Start threads for those that wait and may have one."""
         try:
             while following := self._next():
                 threading.Thread(target=self._work, args=following, daemon=True).start()

@@ -17,5 +17,6 @@ def webex():
 
 @pytest.fixture
 def relay(tmp_path: Path, webex: WebexStandIn):
-    with Relay(tmp_path, webex.url) as running:
+    # Its status line is looked at more often, lest the tests wait for it.
+    with Relay(tmp_path, webex.url, {"TICK_S": 0.1}) as running:
         yield running

@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -47,15 +48,31 @@ def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def program(limits: dict[str, float]) -> list[str]:
+    """Return Python's arguments for the program, with these of its constants changed."""
+    if not limits:
+        return [str(PROGRAM)]
+    lines = ["import os, sys", f"sys.path.insert(0, {str(PROGRAM.parent)!r})", "import alarmrelay"]
+    lines += [f"alarmrelay.{name} = {value!r}" for name, value in limits.items()]
+    return ["-c", "; ".join([*lines, "os._exit(alarmrelay.main())"])]
+
+
 class Relay:
     """The program, running; use as a context manager, which stops it and looks at its log."""
 
-    def __init__(self, directory: Path, webex_url: str, **changes: str | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        webex_url: str,
+        limits: dict[str, float] | None = None,
+        **changes: str | None,
+    ) -> None:
         self.environ = environment(directory, webex_url, **changes)
         self.log_path = directory / "relay.log"
         self.words: queue.Queue[str] = queue.Queue()  # that systemd was told, not looked at yet
         self.said: list[str] = []  # those looked at
-        self.command = [sys.executable, "-X", "dev", str(PROGRAM)]
+        self.command = [sys.executable, "-X", "dev", *program(limits or {})]
+        self.limits: list[tuple[int, int]] = []  # of the kernel's: resource.RLIMIT_…, number
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -88,6 +105,8 @@ class Relay:
             self.process = subprocess.Popen(
                 command, env={**self.environ, "NOTIFY_SOCKET": address}, stderr=log
             )
+            for kind, number in self.limits:
+                resource.prlimit(self.process.pid, kind, (number, number))
         threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
         self.told("READY=1")
         self.port = int(re.findall(r" listening on \S+ port (\d+);", self.log())[-1])
@@ -114,6 +133,16 @@ class Relay:
     def log(self) -> str:
         """Return what it wrote to stderr, in all its lives."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for_log(self, words: str, timeout_s: float = 30) -> str:
+        """Wait until a line of the log holds these words, and return it."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for line in self.log().splitlines():
+                if words in line:
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"{words!r} is not in the log:\n{self.log()}")
 
     def kill(self) -> None:
         self.process.kill()
@@ -147,3 +176,47 @@ class Relay:
         finally:
             if connection is None:
                 client.close()
+
+
+class Client:
+    """A connection to write bytes into as they are, and to read answers from."""
+
+    def __init__(self, relay: Relay, host: str = "127.0.0.1") -> None:
+        """Connect from this loopback address."""
+        self.socket = socket.create_connection(("127.0.0.1", relay.port), 20, (host, 0))
+        self.stream = self.socket.makefile("rb")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.stream.close()
+        self.socket.close()
+
+    def send(self, *parts: bytes) -> None:
+        self.socket.sendall(b"".join(parts))
+
+    def answer(self, has_body: bool = True) -> tuple[int, dict[str, str], bytes]:
+        status_line = self.stream.readline().decode()
+        version, status, _ = status_line.split(" ", 2)
+        assert version == "HTTP/1.1"
+        headers = {}
+        while (line := self.stream.readline().decode().strip()) != "":
+            name, _, value = line.partition(": ")
+            headers[name.lower()] = value
+        length = int(headers["content-length"]) if has_body else 0
+        return int(status), headers, self.stream.read(length)
+
+    def is_closed(self) -> bool:
+        return self.stream.read(1) == b""
+
+
+def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **fields: object) -> bytes:
+    lines = [start, "Host: relay"]
+    if authorization is not None:
+        lines.append(f"Authorization: {authorization or basic()}")
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return "\r\n".join([*lines, "", ""]).encode()

@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from harness import PASSWORD, USERNAME, Relay, basic
+from harness import PASSWORD, USERNAME, Client, Relay, basic, head
 from webex_standin import WebexStandIn
 
 ALARM = b'{"message": "posted by hand"}'
@@ -27,50 +27,10 @@ def relay(tmp_path_factory, webex):
         yield running
 
 
-class Client:
-    """A connection to write bytes into as they are, and to read answers from."""
-
-    def __init__(self, relay: Relay) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", relay.port), timeout=20)
-        self.stream = self.socket.makefile("rb")
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
-        self.socket.close()
-
-    def send(self, *parts: bytes) -> None:
-        self.socket.sendall(b"".join(parts))
-
-    def answer(self, has_body: bool = True) -> tuple[int, dict[str, str], bytes]:
-        status_line = self.stream.readline().decode()
-        version, status, _ = status_line.split(" ", 2)
-        assert version == "HTTP/1.1"
-        headers = {}
-        while (line := self.stream.readline().decode().strip()) != "":
-            name, _, value = line.partition(": ")
-            headers[name.lower()] = value
-        length = int(headers["content-length"]) if has_body else 0
-        return int(status), headers, self.stream.read(length)
-
-    def is_closed(self) -> bool:
-        return self.stream.read(1) == b""
-
-
 @pytest.fixture
 def client(relay):
     with Client(relay) as connected:
         yield connected
-
-
-def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **fields: object) -> bytes:
-    lines = [start, "Host: relay"]
-    if authorization is not None:
-        lines.append(f"Authorization: {authorization or basic()}")
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
-    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def alarm() -> bytes:

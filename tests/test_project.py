@@ -37,7 +37,7 @@ def test_the_program_imports_the_standard_library_alone():
 
 
 def test_the_readmes_table_of_settings_is_that_of_the_program():
-    rows = re.findall(r"^\| `(\w+)` \| (?:`([^`]*)`|required|) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (?:(?:`([^`]*)`|required) )?\|", README, re.MULTILINE)
     documented = [(name, default) for name, default in rows if name in SETTINGS]
     assert documented == [(name, SETTINGS[name][0]) for name in SETTINGS]
 

@@ -13,6 +13,7 @@ import http.server
 import itertools
 import json
 import socket
+import ssl
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -41,7 +42,12 @@ class Fault:
 class WebexStandIn:
     """Use as a context manager; `url` is the API root for webex_url."""
 
-    def __init__(self, token: str = TOKEN, rooms: tuple[str, ...] = (ROOM,)) -> None:
+    def __init__(
+        self,
+        token: str = TOKEN,
+        rooms: tuple[str, ...] = (ROOM,),
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.token = token
         self.rooms = set(rooms)
         self.faults: collections.deque[Fault] = collections.deque()
@@ -53,6 +59,11 @@ class WebexStandIn:
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.standin = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        if tls:
+            self.url = f"https://localhost:{self._server.server_address[1]}/v1"
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
 
     def __enter__(self) -> WebexStandIn:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()

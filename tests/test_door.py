@@ -1,0 +1,408 @@
+"""Clients that are slow, many or broken, and a host that is short of something."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from harness import Client, Relay, basic, head
+from webex_standin import Fault
+
+NEIGHBOUR, OTHER = "127.0.0.2", "127.0.0.3"
+
+
+def silent_clients(relay: Relay, count: int, host: str = NEIGHBOUR) -> list[socket.socket]:
+    address = ("127.0.0.1", relay.port)
+    return [socket.create_connection(address, 20, (host, 0)) for _ in range(count)]
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Tell whether the relay has neither answered nor closed this connection."""
+    connection.setblocking(False)
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        connection.settimeout(20)
+    return False
+
+
+def close(connections: list[socket.socket]) -> None:
+    for connection in connections:
+        connection.close()
+
+
+def numbered(number: int) -> bytes:
+    return json.dumps({"message": f"number {number}"}).encode()
+
+
+def post_from(relay: Relay, host: str, number: int = 0) -> int:
+    """Post an alarm from this address on a connection of its own; return the status."""
+    with Client(relay, host) as client:
+        body = numbered(number)
+        client.send(head(Content_Length=len(body)), body)
+        return client.answer()[0]
+
+
+def status_of(relay: Relay, field: str) -> int:
+    """Return a number from /proc/PID/status: Threads, or VmRSS in KiB."""
+    text = Path(f"/proc/{relay.process.pid}/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])
+
+
+@pytest.fixture
+def hasty(tmp_path, webex):
+    """A relay that waits for nobody for longer than half a second."""
+    limits = {"HEADER_S": 0.5, "BODY_S": 0.5, "IDLE_S": 0.5, "LINGER_S": 0.5}
+    with Relay(tmp_path, webex.url, limits) as running:
+        yield running
+
+
+@pytest.mark.pitfall(2)
+@pytest.mark.parametrize(
+    ("at_once", "dripped"),
+    [
+        (b"", head(Content_Length=2) + b"{}"),
+        (head(Content_Length=100), b"{" + b" " * 98 + b"}"),
+        (head(Transfer_Encoding="chunked"), b"64\r\n{" + b" " * 98 + b"}\r\n0\r\n\r\n"),
+    ],
+    ids=["header", "body", "chunks"],
+)
+def test_a_request_that_drips_in_is_refused_as_too_slow(hasty, at_once, dripped):
+    with Client(hasty) as client:
+        client.send(at_once)
+        for byte in dripped:
+            if not is_open(client.socket):
+                break
+            client.send(bytes([byte]))
+            time.sleep(0.02)  # well within any time-out of a single read
+        status, headers, body = client.answer()
+        assert (status, headers["connection"]) == (408, "close")
+        assert "slow" in json.loads(body)["error"]
+        assert client.is_closed()
+    assert "127.0.0.1 refused: 408 " in hasty.log()
+    assert " taken: " not in hasty.log()
+
+
+@pytest.mark.pitfall(2)
+def test_a_refused_body_that_drips_in_is_not_read_to_its_end(hasty):
+    with Client(hasty) as client:
+        client.send(head(authorization=None, Content_Length=10**6))
+        assert client.answer()[0] == 401
+        with contextlib.suppress(OSError):
+            for _ in range(10_000):  # minutes
+                client.send(b"x")
+                time.sleep(0.01)
+            pytest.fail("the relay listens to it for ever")
+
+
+@pytest.mark.pitfall(2)
+def test_a_client_that_says_nothing_is_closed_without_an_answer_or_a_line(hasty):
+    with Client(hasty) as silent:
+        assert silent.is_closed()
+    with Client(hasty) as idle:
+        idle.send(head("GET /healthz HTTP/1.1"))
+        assert idle.answer()[0] == 200
+        assert idle.is_closed()
+    assert "WARNING" not in hasty.log()
+
+
+def test_an_idle_connection_with_credentials_may_stay_for_longer(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"HEADER_S": 0.3}) as relay, Client(relay) as client:
+        client.send(head("GET /healthz HTTP/1.1", None))
+        assert client.answer()[0] == 200
+        assert client.is_closed()  # without credentials
+        with Client(relay) as trusted, Client(relay) as witness:
+            body = numbered(1)
+            trusted.send(head(Content_Length=len(body)), body)
+            assert trusted.answer()[0] == 200
+            assert witness.is_closed()  # the time has passed for one that came later
+            trusted.send(head("GET /healthz HTTP/1.1"))
+            assert trusted.answer()[0] == 200
+
+
+@pytest.mark.pitfall(3)
+@pytest.mark.parametrize("drip", [b"", b"POST / HTTP/1.1\r\nX: "], ids=["silent", "dripping"])
+def test_500_idle_clients_of_one_address_do_not_reach_another(relay, drip):
+    idle = silent_clients(relay, 500)
+    for connection in idle:
+        connection.sendall(drip)
+    for number in range(5):
+        assert post_from(relay, OTHER, number) == 200
+        for connection in idle if drip else []:
+            connection.sendall(b"x")
+    assert all(map(is_open, idle))  # they were there all the time
+    assert status_of(relay, "Threads") <= 500 + 10
+    close(idle)
+
+
+@pytest.mark.pitfall(3)
+def test_addresses_that_take_all_they_can_leave_threads_to_the_next(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"THREADS": 32}) as relay:
+        idle = [silent_clients(relay, 32, f"127.0.1.{number}") for number in range(1, 6)]
+        assert post_from(relay, OTHER) == 200
+        assert all(is_open(connection) for group in idle for connection in group)
+        assert status_of(relay, "Threads") <= 32 + 4
+        for group in idle:
+            close(group)
+
+
+@pytest.mark.pitfall(3)
+def test_who_waits_for_a_thread_is_served_and_never_closed(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"THREADS": 8}) as relay:
+        clients = [Client(relay) for _ in range(40)]
+        bodies = [numbered(number) for number in range(40)]
+        for client, body in zip(clients, bodies):
+            client.send(head(Content_Length=len(body), Connection="close"), body[:5])
+        assert post_from(relay, OTHER, 99) == 200  # accepted after them, served before most
+        assert all(is_open(client.socket) for client in clients)
+        assert status_of(relay, "Threads") <= 8 + 4
+        for client, body in zip(clients, bodies):
+            client.send(body[5:])
+        assert [client.answer()[0] for client in clients] == [200] * 40
+        for client in clients:
+            client.close()
+
+
+def test_a_burst_of_300_connections_from_one_address_is_answered_to_the_last(relay):
+    clients = []
+    with concurrent.futures.ThreadPoolExecutor(300) as pool:
+        barrier = threading.Barrier(300)
+
+        def post_at_once(number: int) -> int:
+            barrier.wait(30)
+            client = Client(relay)
+            clients.append(client)  # and none hangs up before all are answered
+            client.send(head(Content_Length=len(numbered(number))), numbered(number))
+            return client.answer()[0]
+
+        statuses = list(pool.map(post_at_once, range(300)))
+    assert statuses == [200] * 300
+    assert relay.log().count(" taken: ") == 300
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.pitfall(4)
+def test_the_kernel_keeps_connections_while_the_accept_loop_is_busy(relay):
+    relay.process.send_signal(signal.SIGSTOP)
+    try:
+        idle = silent_clients(relay, 300)  # with a backlog of 5 the sixth would time out
+    finally:
+        relay.process.send_signal(signal.SIGCONT)
+    assert post_from(relay, OTHER) == 200
+    close(idle)
+
+
+def cpu_ticks(relay: Relay) -> int:
+    fields = Path(f"/proc/{relay.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def limit(relay: Relay, kind: int, value: int) -> None:
+    _, most = resource.prlimit(relay.process.pid, kind)
+    resource.prlimit(relay.process.pid, kind, (value, most))
+
+
+@pytest.mark.pitfall(5)
+@pytest.mark.parametrize("descriptors", [60, None], ids=["from the start", "all of a sudden"])
+def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex, descriptors):
+    relay = Relay(tmp_path, webex.url)
+    relay.limits = [(resource.RLIMIT_NOFILE, descriptors)] if descriptors else []
+    with relay:
+        assert post_from(relay, OTHER, 1) == 200
+        webex.wait_for(lambda: len(webex.messages) == 1)
+        if not descriptors:
+            open_now = len(list(Path(f"/proc/{relay.process.pid}/fd").iterdir()))
+            limit(relay, resource.RLIMIT_NOFILE, open_now + 2)
+        idle = silent_clients(relay, 100)
+        answered = Client(relay, OTHER)
+        answered.send(head(Content_Length=len(numbered(2))), numbered(2))  # waits in the kernel
+        words = "all connections are taken" if descriptors else "no connection can be accepted"
+        began_s, ticks = time.monotonic(), cpu_ticks(relay)
+        while relay.log().count(words) < 3:
+            assert relay.process.poll() is None
+            time.sleep(0.05)
+        spent_s = (cpu_ticks(relay) - ticks) / os.sysconf("SC_CLK_TCK")
+        assert spent_s < (time.monotonic() - began_s) / 2  # a loop that spins takes all of it
+        close(idle)
+        if not descriptors:
+            limit(relay, resource.RLIMIT_NOFILE, 1000)
+        assert answered.answer()[0] == 200
+        assert post_from(relay, OTHER, 3) == 200
+        webex.wait_for(lambda: len(webex.messages) == 3)
+        answered.close()
+    assert [f"number {n}" in text for n, text in enumerate(webex.texts(), 1)] == [True] * 3
+
+
+def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex):
+    with Relay(tmp_path, webex.url) as relay:
+        limit(relay, resource.RLIMIT_AS, (status_of(relay, "VmSize") + 40_000) * 1024)
+        idle = silent_clients(relay, 40)  # each thread takes 8 MB of address space
+        client = Client(relay, OTHER)
+        client.send(head(Content_Length=len(numbered(1))), numbered(1))
+        while "waits for a thread" not in relay.log():
+            assert relay.process.poll() is None
+            time.sleep(0.05)
+        close(idle)
+        assert client.answer()[0] == 200
+        client.close()
+        webex.wait_for(lambda: len(webex.messages) == 1)
+
+
+@pytest.mark.pitfall(10)
+def test_a_header_has_a_bound_as_a_whole(relay):
+    with Client(relay) as client:
+        fields = "".join(f"X-{number}: {'x' * 65_000}\r\n" for number in range(100))
+        before_kib = status_of(relay, "VmRSS")
+        with contextlib.suppress(OSError):  # the relay stops reading
+            client.send(b"POST / HTTP/1.1\r\n" + fields.encode())
+        status, headers, body = client.answer()
+        assert (status, headers["connection"]) == (431, "close")
+        assert "262144" in json.loads(body)["error"]
+    assert status_of(relay, "VmRSS") < before_kib + 3000
+    assert post_from(relay, OTHER) == 200
+
+
+@pytest.mark.pitfall(12)
+@pytest.mark.parametrize(
+    ("authorization", "length", "status"),
+    [(None, 100, 401), ("Basic eDp5", 100, 401), ("", 5 * 2**20, 413)],
+)
+def test_a_body_that_will_be_refused_is_not_asked_for(relay, authorization, length, status):
+    with Client(relay) as client:
+        client.send(head(authorization=authorization, Content_Length=length, Expect="100-continue"))
+        found, headers, _ = client.answer()
+        # Whether such a client now sends its body nobody can know.
+        assert (found, headers["connection"]) == (status, "close")
+        assert client.is_closed()
+
+
+@pytest.mark.pitfall(12)
+def test_a_body_is_asked_for_once_all_else_is_right(relay):
+    with Client(relay) as client:
+        for number in range(2):
+            body = numbered(number)
+            client.send(head(Content_Length=len(body), Expect="100-Continue"))
+            assert client.stream.readline() == b"HTTP/1.1 100 Continue\r\n"
+            assert client.stream.readline() == b"\r\n"
+            client.send(body)
+            assert client.answer()[0] == 200
+
+
+@pytest.mark.pitfall(20)
+def test_a_client_that_resets_the_connection_is_at_most_one_line(relay):
+    body = numbered(1)
+    parts = [b"", b"POST /", head(Content_Length=50), head(Content_Length=len(body)) + body]
+    for part in [*parts, head(authorization=None, Content_Length=10**6) + b"x" * 10**6] * 5:
+        with Client(relay) as client:
+            client.send(part)
+            linger = struct.pack("ii", 1, 0)  # close with a reset
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    assert post_from(relay, OTHER) == 200
+    for line in relay.log().splitlines():
+        assert re.match(r"\S+ \S+ (INFO|WARNING) (alarmrelay|alarm|127\.0\.0\.\d) ", line), line
+
+
+SILENT_NAME_SERVER = """
+mount --bind "$1" /etc/resolv.conf && mount --bind "$2" /etc/nsswitch.conf || exit 99
+shift 2; exec "$@"
+"""
+
+
+@pytest.fixture
+def hung_names(tmp_path, webex):
+    """A relay on a host whose name server answers nothing; and what that was asked."""
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.99\noptions timeout:30\n")
+    (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
+    files = [str(tmp_path / "resolv.conf"), str(tmp_path / "nsswitch.conf")]
+    prefix = ["unshare", "--mount", "sh", "-c", SILENT_NAME_SERVER, "sh", *files]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("this user may not give a process a name server of its own")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.99", 53))
+        server.settimeout(20)
+        relay = Relay(tmp_path, "https://webex.example/v1", {"STOP_S": 0.5}, listen="0.0.0.0:0")
+        relay.command[:0] = prefix
+        yield relay, server
+
+
+@pytest.mark.pitfall(17)
+def test_names_that_cannot_be_looked_up_hold_neither_start_nor_posts_nor_stop(hung_names):
+    relay, server = hung_names
+    with relay:
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.recv(512)  # it was ready without asking for a name
+        server.settimeout(20)
+        assert post_from(relay, OTHER, 1) == 200
+        assert b"\x05webex\x07example" in server.recv(512)  # from now on the courier hangs
+        for number in range(2, 5):
+            assert post_from(relay, OTHER, number) == 200
+        relay.told("4 waiting, 0 delivered")
+        with Client(relay) as client:
+            client.send(head("GET /healthz HTTP/1.1", None))
+            assert client.answer()[0] == 200
+
+
+@pytest.mark.pitfall(23)
+def test_a_refused_delivery_leaves_no_descriptor_behind(tmp_path, webex):
+    webex.fault_for = lambda _: Fault(status=404)
+    limits = {"HOLD_S": 0.01}
+    with Relay(tmp_path, webex.url, limits) as relay:
+        relay.post({})
+        folder = Path(f"/proc/{relay.process.pid}/fd")
+        webex.wait_for(lambda: len(webex.requests) > 5)
+        before = len(list(folder.iterdir()))
+        webex.wait_for(lambda: len(webex.requests) > 100)
+        assert len(list(folder.iterdir())) < before + 10
+
+
+CREDENTIALS = {
+    "no colon": basic("").split()[1].encode(),
+    "100 KB": b"Basic " + b"QUFB" * 25_000,
+    "100 KB of no base64": b"Basic " + b"=" * 100_000,
+    "not UTF-8": b"Basic \xff\xfe",
+    "a colon too many": basic("vmanage:").encode(),
+}
+
+
+@pytest.mark.parametrize("authorization", CREDENTIALS.values(), ids=CREDENTIALS.keys())
+def test_odd_credentials_get_a_401_and_the_line_that_fail2ban_looks_for(relay, authorization):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    expression = re.search(r"^ *failregex = (.+)$", readme, re.MULTILINE)[1]
+    with Client(relay, OTHER) as client:
+        client.send(b"POST / HTTP/1.1\r\nAuthorization: %b\r\n" % authorization)
+        client.send(b"Content-Length: 1000000\r\n\r\n")  # which is not sent
+        assert client.answer()[0] == 401
+    assert post_from(relay, OTHER) == 200
+    found = re.compile(expression.replace("<HOST>", r"(?P<host>\S+)"))
+    lines = [line.split(" ", 2)[2] for line in relay.log().splitlines()]  # without the time
+    hosts = [match["host"] for match in map(found.search, lines) if match]
+    assert hosts == [OTHER]
+
+
+def test_an_alarm_cannot_write_the_line_that_fail2ban_looks_for(relay):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    expression = re.search(r"^ *failregex = (.+)$", readme, re.MULTILINE)[1]
+    text = "WARNING 192.0.2.1 refused: 401 wrong credentials"
+    relay.post({"rule_name_display": text, "uuid": f"\n{text}", "message": text})
+    found = re.compile(expression.replace("<HOST>", r"(?P<host>\S+)"))
+    for line in relay.log().splitlines():
+        assert not found.search(line.split(" ", 2)[2])
