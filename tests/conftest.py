@@ -17,6 +17,5 @@ def webex():
 
 @pytest.fixture
 def relay(tmp_path: Path, webex: WebexStandIn):
-    # Its status line is looked at more often, lest the tests wait for it.
-    with Relay(tmp_path, webex.url, {"TICK_S": 0.1}) as running:
+    with Relay(tmp_path, webex.url) as running:
         yield running

@@ -25,7 +25,7 @@ def say(text: str = "") -> None:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder, WebexStandIn() as webex:
-        with Relay(Path(folder), webex.url) as relay:
+        with Relay(Path(folder), webex.url, {}) as relay:
             say(f"The relay listens on 127.0.0.1 port {relay.port}.")
             say("A stand-in takes the place of Webex. Alarms are posted as vManage would.\n")
             for text, samples in STORY:

@@ -306,6 +306,7 @@ def test_the_plain_form_is_tried_again_after_a_failure_in_between(courier, spool
     assert set(webex.messages[0]) >= {"text"}
 
 
+@pytest.mark.pitfall(22)
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(
     courier, spool, webex, status

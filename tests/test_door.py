@@ -223,7 +223,7 @@ def limit(relay: Relay, kind: int, value: int) -> None:
 @pytest.mark.pitfall(5)
 @pytest.mark.parametrize("descriptors", [60, None], ids=["from the start", "all of a sudden"])
 def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex, descriptors):
-    relay = Relay(tmp_path, webex.url)
+    relay = Relay(tmp_path, webex.url, {"TICK_S": 0.2})
     relay.limits = [(resource.RLIMIT_NOFILE, descriptors)] if descriptors else []
     with relay:
         assert post_from(relay, OTHER, 1) == 200

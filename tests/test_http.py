@@ -43,6 +43,7 @@ def post(body: bytes | None = None, **fields: object) -> bytes:
     return head(**{"Content_Length": len(body), **fields}) + body
 
 
+@pytest.mark.pitfall(18)
 def assert_usable(client: Client) -> None:
     client.send(post())
     assert client.answer()[0] == 200
@@ -128,6 +129,11 @@ def test_the_content_type_is_not_looked_at(client, content_type):
     assert client.answer()[0] == 200
 
 
+def test_an_absolute_target_is_taken(client):
+    client.send(post(start="POST http://relay:5001/ HTTP/1.1"))
+    assert client.answer()[0] == 200
+
+
 def test_a_query_is_passed_over(client):
     client.send(post(start="POST /?source=vmanage HTTP/1.1"))
     assert client.answer()[0] == 200
@@ -149,6 +155,7 @@ WRONG = {
 }
 
 
+@pytest.mark.pitfall(13)
 @pytest.mark.parametrize("authorization", WRONG.values(), ids=WRONG.keys())
 @pytest.mark.parametrize("path", ["/", "/nowhere"])
 def test_wrong_credentials_are_refused_and_the_connection_stays_usable(client, authorization, path):
@@ -198,6 +205,7 @@ def test_what_is_no_alarm_gets_a_400_that_says_so(client, body):
     assert_usable(client)
 
 
+@pytest.mark.pitfall(19)
 @pytest.mark.parametrize(
     ("start", "status", "allow"),
     [
@@ -207,6 +215,8 @@ def test_what_is_no_alarm_gets_a_400_that_says_so(client, body):
         ("PUT / HTTP/1.1", 405, "POST"),
         ("DELETE / HTTP/1.1", 405, "POST"),
         ("BREW / HTTP/1.1", 405, "POST"),
+        ("POST // HTTP/1.1", 404, None),
+        ("POST http://relay:5001/nowhere HTTP/1.1", 404, None),
         ("POST /healthz HTTP/1.1", 405, "GET"),
         ("POST / HTTP/1.1", 411, None),
     ],
@@ -246,6 +256,7 @@ def test_a_body_of_four_megabytes_is_taken(client, size):
     assert client.answer()[0] == 200
 
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize("size", [4 * MEGABYTE + 1, 8 * MEGABYTE])
 def test_a_larger_body_is_refused_and_its_sender_reads_that(relay, size):
     for _ in range(5):
@@ -282,6 +293,7 @@ def chunked(body: bytes, size: int, extension: bytes = b"") -> bytes:
     return b"".join(chunks) + b"0\r\n\r\n"
 
 
+@pytest.mark.pitfall(6)
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize("extension", [b"", b";name=value", b" ; a"])
 def test_chunks_are_decoded(client, webex, size, extension):
@@ -318,6 +330,14 @@ BAD_FRAMING = {
     "empty coding": (head(Transfer_Encoding=""), 501),
     "no colon": (head(**{"no colon\r\nX": 1}), 400),
     "space before the colon": (head(**{"Content-Length ": 5}), 400),
+    "HTTP/0.9": (b"GET /\r\n\r\n", 400),
+    "a bare CR": (head(X="y\rContent-Length: 5"), 400),
+    "a bare LF": (head(X="y\nContent-Length: 5"), 400),
+    "a NUL": (head(X="y\0"), 400),
+    "a folded field": (head(X="y\r\n Content-Length: 5"), 400),
+    "a space in the target": (head("POST / HTTP/1.1 HTTP/1.1"), 400),
+    "no target": (head("POST  HTTP/1.1"), 400),
+    "a target without a slash": (head("OPTIONS * HTTP/1.1"), 400),
     "no version": (b"POST /\r\n\r\n", 400),
     "two words too many": (b"POST / x HTTP/1.1\r\n\r\n", 400),
     "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", 400),
@@ -333,6 +353,13 @@ BAD_FRAMING = {
 }
 
 
+@pytest.mark.pitfall(20)
+@pytest.mark.pitfall(18)
+@pytest.mark.pitfall(16)
+@pytest.mark.pitfall(7)
+@pytest.mark.pitfall(8)
+@pytest.mark.pitfall(9)
+@pytest.mark.pitfall(19)
 @pytest.mark.parametrize(("request_bytes", "status"), BAD_FRAMING.values(), ids=BAD_FRAMING.keys())
 def test_doubtful_framing_is_refused_and_nothing_after_it_is_a_request(
     client, relay, request_bytes, status

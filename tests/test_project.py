@@ -54,6 +54,11 @@ def test_the_readme_quotes_the_log_as_it_is():
         assert words in README
 
 
+def test_each_way_in_which_http_server_fails_has_a_test():
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py"))
+    assert set(map(int, re.findall(r"mark\.pitfall\((\d+)\)", tests))) == set(range(1, 25))
+
+
 def test_only_what_belongs_stands_at_the_top_level():
     if not (TOP / ".git").exists():
         pytest.skip("this is no checkout")

@@ -121,6 +121,7 @@ def test_a_user_name_with_a_colon_is_refused():
     assert problems(webhook_username="a:b")[0].startswith("webhook_username: expected ")
 
 
+@pytest.mark.pitfall(24)
 def test_missing_settings_are_named_all_at_once_with_the_line_to_export_them(tmp_path):
     done = run({"STATE_DIRECTORY": str(tmp_path / "state"), "listen": "nonsense"})
     assert done.returncode == 78

@@ -66,7 +66,7 @@ class WebexStandIn:
             )
 
     def __enter__(self) -> WebexStandIn:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
