@@ -146,7 +146,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
             if credential.exists():  # it wins over the variable; systemd.exec(5), "Credentials"
                 text, expected = "", f"{expected}, in the file {credential}"
                 text = credential.read_text(encoding="utf-8").strip() or default
-                text = str(credential) if text.startswith("-----BEGIN ") else text  # PEM
+                text = str(credential) if "-----BEGIN " in text else text  # the PEM file itself
             if re.fullmatch(form, text):
                 settings[name] = parse(text)
                 continue
@@ -819,8 +819,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    allow_reuse_address = daemon_threads = True  # idle clients do not keep the process from ending
-    request_queue_size = 1024  # connections that the kernel keeps for the accept loop
+    allow_reuse_address, request_queue_size = True, 1024  # that the kernel keeps for accept()
 
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
         self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()

@@ -136,13 +136,13 @@ class Relay:
         """Return what it wrote to stderr, in all its lives."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for_log(self, words: str, timeout_s: float = 30) -> str:
-        """Wait until a line of the log holds these words, and return it."""
+    def wait_for_log(self, words: str, count: int = 1, timeout_s: float = 30) -> str:
+        """Wait until so many lines of the log hold these words, and return the last."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            for line in self.log().splitlines():
-                if words in line:
-                    return line
+        while time.monotonic() < deadline and self.process.poll() is None:
+            lines = [line for line in self.log().splitlines() if words in line]
+            if len(lines) >= count:
+                return lines[-1]
             time.sleep(0.02)
         raise AssertionError(f"{words!r} is not in the log:\n{self.log()}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness import PROGRAM
 
-from alarmrelay import SETTINGS
+from alarmrelay import CONNECTIONS, SETTINGS
 
 TOP = PROGRAM.parent
 README = (TOP / "README.md").read_text(encoding="utf-8")
@@ -78,6 +78,7 @@ def test_only_what_belongs_stands_at_the_top_level():
         "Restart=always",
         "RestartPreventExitStatus=78",
         "StartLimitIntervalSec=0",
+        f"LimitNOFILE={CONNECTIONS + 64}",
         "ExecStart=/usr/bin/python3 /usr/local/bin/alarmrelay.py",
     ],
 )
