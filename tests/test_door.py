@@ -329,8 +329,8 @@ def test_a_client_that_resets_the_connection_is_at_most_one_line(relay):
 
 
 SILENT_NAME_SERVER = """
-mount --bind "$1" /etc/resolv.conf && mount --bind "$2" /etc/nsswitch.conf || exit 99
-shift 2; exec "$@"
+for file in resolv.conf nsswitch.conf hosts; do mount --bind "$1/$file" /etc/$file || exit 99; done
+shift; exec "$@"
 """
 
 
@@ -339,8 +339,8 @@ def hung_names(tmp_path, webex):
     """A relay on a host whose name server answers nothing; and what that was asked."""
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.99\noptions timeout:30\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
-    files = [str(tmp_path / "resolv.conf"), str(tmp_path / "nsswitch.conf")]
-    prefix = ["unshare", "--mount", "sh", "-c", SILENT_NAME_SERVER, "sh", *files]
+    (tmp_path / "hosts").touch()
+    prefix = ["unshare", "--mount", "sh", "-c", SILENT_NAME_SERVER, "sh", str(tmp_path)]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode:
         pytest.skip("this user may not give a process a name server of its own")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:

@@ -355,6 +355,13 @@ BAD_FRAMING = {
 
 @pytest.mark.pitfall(20)
 @pytest.mark.pitfall(18)
+def test_an_answer_is_not_overtaken_by_a_reset(client):
+    client.send(head(**{"no colon\r\nX": 1}), b"x" * 500_000)
+    assert client.answer()[0] == 400
+    client.socket.shutdown(socket.SHUT_WR)
+    assert client.is_closed()  # a reset would raise
+
+
 @pytest.mark.pitfall(16)
 @pytest.mark.pitfall(7)
 @pytest.mark.pitfall(8)
