@@ -30,10 +30,9 @@ import os
 import re
 import resource
 import secrets
-import selectors
+import select
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import sys
@@ -42,7 +41,7 @@ import time
 import urllib.request
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone, tzinfo
 from pathlib import Path
@@ -52,13 +51,15 @@ __version__ = "0.1.0"
 log = logging.getLogger("alarmrelay")
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
-HEADER_BYTES = 2**18  # of a request's first line and fields; a password may have 100 KB
+HEADER_BYTES, FIELDS = 2**18, 100  # of a request; a password may have 100 KB
 BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
+ALARMS = 1000  # in one request; vManage sends them one by one
 BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time, and of a refused body at the most
-HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake and a header; for a body, which has credentials
+HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header; for a body, which has credentials
 IDLE_S = 75.0  # between the requests of a connection that has shown credentials; else HEADER_S
-LINGER_S = 2.0  # for a client to hang up after its last answer
-CONNECTIONS, THREADS = 4096, 1024  # at once; a thread serves one, the others wait for one
+BACKLOG = 1024  # connections that the kernel keeps until they are accepted
+KEEP_S, LINGER_S = 0.1, 2.0  # a thread waits for one more request; for a client to hang up
+CONNECTIONS, THREADS = 4096, 64  # at once; only a request under way has a thread
 SPARE_FILES = 40  # descriptors left for the spool, Webex and name lookups
 DELAYED_MS = 300_000  # older when it is delivered, an alarm is old news
 DUPLICATE_MS = 600_000  # sooner, the same bytes are a sender's retry
@@ -95,8 +96,18 @@ def parse_listen(text: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(host.strip("[]"))), range(65536)[int(port)]
 
 
+def open_file(path: str) -> str:
+    """Return the path if there is none or its file can be read; raise OSError."""
+    if path:
+        open(path, "rb").close()
+    return path
+
+
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
-PATH = f"({LINE})?"
+PEM, PEM_FILE = (
+    f"({LINE})?",
+    "a PEM file that the relay's user can read, the key without pass phrase",
+)
 HOST = r"(https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])|http://(localhost|127\.[0-9.]+|\[::1\]))"
 URL = HOST + r"(:[0-9]{1,5})?(/[!\"$->A-~]*)?"  # visible ASCII without ?, # and @
 # name: default ("" where required), form, type, what is expected. The README has the same table.
@@ -106,8 +117,8 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
     "webhook_username": ("", f"(?!.*:){LINE}", str, "a name for vManage, without a colon"),
     "webhook_password": ("", LINE, str, "a password for vManage, in one line"),
     "listen": ("0.0.0.0:5001", r"([0-9.]+|\[.+\]):[0-9]{1,5}", parse_listen, "address:port"),
-    "tls_certificate": ("", PATH, str, "a PEM file that the relay can read, for https"),
-    "tls_key": ("", PATH, str, "the PEM file with the key of tls_certificate, no pass phrase"),
+    "tls_certificate": ("", PEM, open_file, PEM_FILE),
+    "tls_key": ("", PEM, open_file, PEM_FILE),
     "time_zone": ("Europe/Madrid", WORD, zoneinfo.ZoneInfo, "an IANA name, as Europe/Madrid"),
     "webex_url": ("https://webexapis.com/v1", URL, str, "https, or http to a loopback address"),
     "retention_days": ("30", "[1-9][0-9]{0,4}", int, "a number of days from 1 to 99999"),
@@ -116,22 +127,23 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
 
 def load_tls(certificate: str, key: str) -> ssl.SSLContext | None:
     """Return what https is served with, None if neither file is set; raise ValueError."""
-    context, name, path = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "tls_certificate", certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if not certificate or not key:
+        if not certificate and not key:
+            return None
+        name = "tls_key" if certificate else "tls_certificate"
+        raise ValueError(f"{name}: expected {PEM_FILE}, found nothing: export {name}=...")
     try:
-        if certificate:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(certificate)
-            name, path = "tls_key", key
-        if certificate and key:
-            context.load_cert_chain(certificate, key, password="")  # else it would ask a terminal
-        elif certificate or key:
-            raise ValueError(
-                f"{name}: expected {SETTINGS[name][3]}, found nothing: export {name}=..."
-            )
+        context.load_cert_chain(certificate, key, password="")  # without one it would ask for it
     except OSError as error:  # ssl.SSLError is one
-        found = f"{path}: {getattr(error, 'reason', None) or error.strerror}"
-        raise ValueError(f"{name}: expected {SETTINGS[name][3]}, found {found}") from error
-    return context if certificate else None
+        reason = getattr(error, "reason", None) or error.strerror
+        expected = "the key of tls_certificate, both PEM, without pass phrase"
+        raise ValueError(
+            f"tls_key: expected {expected}, found {reason} in {certificate}, {key}"
+        ) from error
+    return context
 
 
 def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
@@ -152,7 +164,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
                 continue
         if name == "time_zone" and not zoneinfo.available_timezones():
             expected = "a time zone database, which this host lacks: install the package tzdata"
-        shown = name in ("listen", "time_zone", "webex_url", "retention_days") and "@" not in text
+        shown = not name.startswith(("bearer", "room", "webhook")) and "@" not in text
         found = repr(text[:99]) if shown and "?" not in text else "a hidden value"
         found = found if text else f"nothing: export {name}=..."
         problems.append(f"{name}: expected {expected}, found {found}")
@@ -193,6 +205,8 @@ def parse_alarms(body: bytes) -> list[tuple[str, Alarm]]:
         texts = [json.dumps(alarm) for alarm in alarms]
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON that can be read: {error}") from error
+    if len(alarms) > ALARMS:
+        raise Refused(413, f"a request has {ALARMS} alarms at most")
     if not alarms or not all(isinstance(alarm, dict) for alarm in alarms):
         raise Refused(400, "expected an alarm, a JSON object, or an array of them")
     return list(zip(texts, alarms))
@@ -459,9 +473,10 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
         self._headers = {"Authorization": f"Bearer {bearer_token}"}
-        # urllib bounds neither a name lookup nor a server that drips: this thread may be late. One
-        # that hangs for longer lets the next request wait, instead of more threads hang.
+        # urllib bounds neither a name lookup nor a server that drips: this thread may be late, and
+        # then the next request waits for it. It starts now, when there is sure to be one.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "webex")
+        self._thread.submit(int).result()
 
     def post_message(self, message: Mapping[str, str]) -> Answer:
         """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
@@ -521,6 +536,16 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 
 # === Courier ======================================================================================
+@contextmanager
+def guard(name: str, pause_s: float = 0.0) -> Iterator[None]:
+    """Log whatever goes wrong, so that a thread goes on with its next piece of work."""
+    try:
+        yield
+    except Exception:  # the one broad except
+        log.exception("%s: an error in alarmrelay itself", name)
+        time.sleep(pause_s)
+
+
 @dataclass
 class Courier:
     room: str  # its path
@@ -572,12 +597,10 @@ class Courier:
         """Deliver until stopped, or until the spool breaks, which ends the process."""
         while not self.stopping.is_set() and not self.spool.error:
             wait_s: float | None = HOLD_S
-            try:
+            with guard(f"room {self.room}"), suppress(Refused):  # by the spool, which is broken
                 wait_s = self.step()
-            except Refused:  # by the spool, which is broken
+            if self.spool.error:
                 break
-            except Exception:  # the one broad except: whatever it is, the alarm must wait
-                log.exception("room %s: an error in alarmrelay itself, tried again", self.room)
             if wait_s is not None:
                 self.stopping.wait(wait_s)
             elif not self.stopping.is_set():  # set before arrived, which step() clears
@@ -585,8 +608,10 @@ class Courier:
 
 
 # === HTTP =========================================================================================
-# A request that is not to the letter of RFC 9112 is refused: programs differ in how they read such,
-# which is how requests are smuggled. Each part of it has a deadline and a bound as a whole.
+# A connection waits in epoll until its client has sent something, and only then gets a thread. What
+# could be read in two ways is refused, since programs differ in how they read it: so are requests
+# smuggled. Each part of a request has a deadline and a bound as a whole.
+ONCE = select.EPOLLIN | select.EPOLLONESHOT  # one event, until it is asked for the next
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 FIRST_LINE = re.compile(
@@ -599,8 +624,8 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]
 class Wire(io.RawIOBase):
     """A connection's bytes for a BufferedReader, until deadline_s (monotonic) and no longer."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self.deadline_s = connection, 0.0
+    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
+        self._connection, self.deadline_s, self.received = connection, deadline_s, 0
 
     def readable(self) -> bool:
         return True
@@ -612,14 +637,43 @@ class Wire(io.RawIOBase):
         with suppress(socket.timeout):
             if left_s > 0:
                 self._connection.settimeout(left_s)
-                return self._connection.recv_into(buffer)
+                count = self._connection.recv_into(buffer)
+                self.received += count
+                return count
         raise Refused(408, "the request came too slowly", Connection="close")
+
+
+@dataclass(eq=False)
+class Connection:
+    socket: socket.socket  # TLS once hands are shaken
+    address: str
+    since_s: float  # monotonic; it has been silent, or not been answered, since then
+    is_trusted: bool = False  # has shown credentials
+    is_kept: bool = False  # is to wait for its next request
+    is_amid: bool = True  # a handshake or a request: its client may go on sending
+
+    def __post_init__(self) -> None:
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        self.group = socket.inet_pton(family, self.address)[:8]  # an IPv4 address or an IPv6 /64
+
+    def end(self) -> None:
+        """Close the connection so that its client can read the last answer."""
+        with self.socket as ended, suppress(OSError, Refused):
+            if isinstance(ended, ssl.SSLSocket):
+                ended.settimeout(0)
+                with suppress(OSError):
+                    ended.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
+            ended.shutdown(socket.SHUT_WR)
+            # To close while bytes come in is a reset, which can overtake the answer.
+            wire = Wire(ended, time.monotonic() + LINGER_S)
+            while self.is_amid and wire.received < DRAIN_BYTES and wire.read(BLOCK_BYTES):
+                pass
 
 
 def body_length(version: str, fields: http.client.HTTPMessage) -> int | None:
     """Return a body's bytes, None for chunks; raise Refused if in doubt (RFC 9112, 6.3)."""
     length, coding = fields.get("Content-Length"), fields.get("Transfer-Encoding")
-    single = ("Authorization", "Content-Length", "Transfer-Encoding")
+    single = ("Authorization", "Content-Length", "Host", "Transfer-Encoding")
     if any(len(fields.get_all(name, [])) > 1 for name in single):
         raise Refused(400, "a header field is doubled", Connection="close")
     if coding is not None and coding.lower() != "chunked":
@@ -652,57 +706,44 @@ def read_body(stream: io.BufferedReader, length: int | None) -> Iterator[bytes]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # type: ignore[assignment]
+    request: Connection
     rfile: io.BufferedReader
     headers: http.client.HTTPMessage
-    is_trusted = False  # the connection has shown credentials
-    is_amid = True  # a handshake or a request, and the client may go on sending
 
     def setup(self) -> None:
-        """Make ready to read; the handshake waits for handle(), since it may fail."""
-        self.connection = self.request
-        if tls := self.server.tls:
-            self.connection = tls.wrap_socket(self.request, True, do_handshake_on_connect=False)
-        self.wire = Wire(self.connection)
+        """Make ready to read; a handler lives as long as its connection has a thread."""
+        self.connection = self.request.socket
+        # Who had to wait for a thread may have spent all of its time.
+        now_s = time.monotonic()
+        deadline_s = max(self.request.since_s + HEADER_S, now_s + LINGER_S)
+        self.wire = Wire(self.connection, deadline_s)
         self.rfile = io.BufferedReader(self.wire)
 
-    def handle(self) -> None:
-        """Shake hands where TLS is on, and answer requests until the connection is to end."""
-        if self.server.tls:
-            self.connection.settimeout(HEADER_S)  # for the whole handshake
-            self.connection.do_handshake()
-        super().handle()
-
     def finish(self) -> None:
-        """End the connection so that its client can read the last answer."""
-        with self.connection, suppress(OSError, Refused):
-            if self.server.tls:
-                self.connection.settimeout(0)
-                with suppress(OSError):
-                    self.connection.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
-            self.connection.shutdown(socket.SHUT_WR)
-            # To close while bytes come in is a reset, which can overtake the answer.
-            self.wire.deadline_s, left = time.monotonic() + LINGER_S, DRAIN_BYTES
-            while self.is_amid and left > 0 and (block := self.wire.read(BLOCK_BYTES)):
-                left -= len(block)
+        pass  # the connection may stay
+
+    def handle(self) -> None:
+        """Answer requests as long as one follows the other at once."""
+        while True:
+            self.handle_one_request()
+            if self.close_connection:
+                return
+            # If others wait for the thread, it only looks for what has left the kernel already.
+            wait_s = 0.001 if self.server.waiting else KEEP_S
+            self.wire.deadline_s = time.monotonic() + wait_s
+            try:
+                if not self.rfile.peek(1):
+                    return
+            except (OSError, Refused):
+                self.request.is_kept = True
+                return
+            self.wire.deadline_s = time.monotonic() + HEADER_S
 
     def handle_one_request(self) -> None:
-        """Wait for a request and answer it; leave quietly if none comes."""
-        self.command, self.close_connection, self.is_amid = "", True, False
-        self.wire.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else HEADER_S)
-        with suppress(OSError, Refused):
-            self.is_amid = bool(self.rfile.peek(1))
-        if self.is_amid:
-            self.server.owed.add(self)
-            try:
-                self.answer_request()
-            finally:
-                self.server.owed.discard(self)
-
-    def answer_request(self) -> None:
         """Answer; the connection stays if it is certain where the next request begins."""
-        self.wire.deadline_s, self.awaits_continue = time.monotonic() + HEADER_S, False
-        left, body = DRAIN_BYTES, iter(list[bytes]())
+        self.command, self.close_connection, self.awaits_continue = "", True, False
+        self.request.is_amid, is_lost, body = True, False, iter(list[bytes]())
         try:
             if not self.parse_request():
                 return
@@ -710,33 +751,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, self.respond(body))
         except Refused as refusal:
             log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
-            self.close_connection |= "Connection" in refusal.headers
+            is_lost = "Connection" in refusal.headers or self.awaits_continue
+            self.close_connection |= is_lost
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
-            left = 0 if "Connection" in refusal.headers or self.awaits_continue else left
         # Read the rest, so that it is certain where the next request begins.
+        most = self.wire.received + (DRAIN_BYTES if self.request.is_trusted else HEADER_BYTES)
         self.wire.deadline_s = time.monotonic() + HEADER_S
         with suppress(OSError, Refused):
-            while left > 0 and (block := next(body, b"")):
-                left -= len(block)
-            self.is_amid = left <= 0
-        self.close_connection |= self.is_amid
+            while not is_lost and self.wire.received < most and next(body, b""):
+                pass
+            self.request.is_amid = is_lost or self.wire.received >= most
+        self.close_connection |= self.request.is_amid
 
     def parse_request(self) -> bool:
         """Read the header; return False if the client has left without a word; raise Refused."""
         self.headers, self.left_bytes = http.client.HTTPMessage(), HEADER_BYTES
-        if self.rfile.peek(1)[:1] == b"\x16":  # a handshake; RFC 8446, 5.1
+        if (start := self.rfile.peek(1)[:1]) == b"\x16":  # a handshake; RFC 8446, 5.1
             words = "this is TLS: the URL must begin with http://, or set tls_certificate"
             raise Refused(400, words, Connection="close")
+        self.request.is_amid = bool(start)
         if not (first := self.read_line(FIRST_LINE) or self.read_line(FIRST_LINE)):
             return False
         self.command, path, self.request_version = (part.decode() for part in first.groups())
         self.path = path.partition("?")[0]
         while field := self.read_line(FIELD_LINE):
             self.headers[field[1].decode()] = field[2].decode("latin-1").strip(" \t")
+            if len(self.headers) > FIELDS:
+                raise Refused(431, f"a header has {FIELDS} fields at most", Connection="close")
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
         self.close_connection = "close" in map(str.strip, connection)
-        self.close_connection |= self.request_version == "HTTP/1.0"
-        self.awaits_continue = self.headers.get("Expect", "").lower() == "100-continue"
+        is_1_0 = self.request_version == "HTTP/1.0"
+        self.close_connection |= is_1_0
+        self.awaits_continue = (
+            not is_1_0 and self.headers.get("Expect", "").lower() == "100-continue"
+        )
         return True
 
     def read_line(self, form: re.Pattern[bytes]) -> re.Match[bytes] | None:
@@ -776,18 +824,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content += block
             if max(len(content), length) > BODY_BYTES:
                 raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
-        return self.take(self.server.couriers[path], bytes(content))
+        # JSON can take thirty times its size: a storm of large bodies waits in line.
+        with self.server.large if len(content) > BLOCK_BYTES else nullcontext():
+            return self.take(self.server.couriers[path], bytes(content))
 
     def authorise(self) -> None:
         """Raise Refused unless the request has the credentials (RFC 7617, section 2)."""
-        (scheme, _, token), given = self.headers.get("Authorization", "").partition(" "), b""
-        with suppress(ValueError):
-            given = base64.b64decode(token.strip(), validate=True)
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         # Hashes, since compare_digest() tells how long the things are that it compares.
-        hashes = [hashlib.sha256(text).digest() for text in (given, self.server.credentials)]
-        if not hmac.compare_digest(*hashes) or scheme.lower() != "basic":
+        given = hashlib.sha256(token.strip(" ").encode("latin-1")).digest()
+        if not hmac.compare_digest(given, self.server.credentials) or scheme.lower() != "basic":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
-        self.is_trusted = True
+        self.request.is_trusted = True
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
@@ -818,97 +866,139 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else body))
 
 
-class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    allow_reuse_address, request_queue_size = True, 1024  # that the kernel keeps for accept()
-
+class Server:
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
-        self.credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
-        self.spool, self.owed = spool, set[Handler]()  # owed: those with a request under way
-        self.couriers = {courier.room: courier for courier in couriers}
-        self.tls: ssl.SSLContext | None = settings["tls"]
-        self._lock = threading.Lock()  # guards the two below
-        self._waiting: list[Any] = []  # connections without a thread, with their addresses
-        self._served: collections.Counter[str] = collections.Counter()  # with one, by address
+        credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
+        self.credentials = hashlib.sha256(base64.b64encode(credentials)).digest()
+        self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
+        self._tls: ssl.SSLContext | None = settings["tls"]
+        self.large, self._lock = threading.Lock(), threading.Lock()  # which guards the three below
+        self._silent: dict[int, Connection] = {}  # in epoll, by descriptor, the longest first
+        self.waiting: list[Connection] = []  # for a thread
+        self.served = collections.Counter[bytes]()  # by a thread, by group
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._is_stopping, (self._awake, self._waker) = False, os.pipe()
-        self._places = threading.Semaphore(max(8, min(CONNECTIONS, files - SPARE_FILES)))
+        self._most = max(8, min(CONNECTIONS, files - SPARE_FILES))
+        self._epoll, (self._awake, self._waker) = select.epoll(), os.pipe()
+        self._stopping, self._accept_s, self._sweep_s = threading.Event(), 0.0, 0.0  # monotonic
         host, port = settings["listen"]
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), Handler)
+            self.socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
         except OSError as error:
             raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
+        self.socket.setblocking(False)
+        self._epoll.register(self.socket, 0)
+        self._epoll.register(self._awake, select.EPOLLIN)
 
-    def serve_forever(self, poll_interval: float = TICK_S) -> None:
-        """Accept connections until shutdown() says so, and then end at once."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
-            selector.register(self._awake, selectors.EVENT_READ)
-            while not self._is_stopping:
-                if selector.select(poll_interval) and not self._is_stopping:
-                    with suppress(OSError):  # which get_request() has logged
-                        self.process_request(*self.get_request())
-                self.service_actions()
+    def run(self) -> None:
+        """Accept connections until stop(), and have those served that say something."""
+        while not self._stopping.is_set():
+            with guard("the door", TICK_S):
+                self._step(TICK_S)
+        self._step(0.0)  # what clients have sent before the stop is still answered
+        self._hang_up_on(lambda _: True)
 
-    def shutdown(self) -> None:
-        """Let serve_forever() end; the connections that it has accepted are still served."""
-        self._is_stopping = True
+    def stop(self) -> None:
+        """Let run() end at once; then wait until nothing is waiting or served."""
+        self._stopping.set()
         os.close(self._waker)
 
-    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
-        """Accept a connection; raise OSError if none can be had now."""
-        if not self._places.acquire(timeout=TICK_S):
-            log.warning("all connections are taken: new ones wait in the kernel until one ends")
-            raise BlockingIOError
-        try:
-            connection, (host, port, *_) = self.socket.accept()
-        except OSError as error:  # descriptors or memory: at once it would be so again
-            self._places.release()
-            log.warning("no connection can be accepted, tried again in %g s: %s", TICK_S, error)
-            time.sleep(TICK_S)
-            raise
-        return connection, (host.removeprefix("::ffff:"), port)  # IPv4, RFC 4291, 2.5.5.2
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._waiting.append((request, client_address))
-
-    def service_actions(self) -> None:
-        """Start threads for those that wait and may have one."""
+    def _step(self, wait_s: float) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._sweep_s:
+            self._sweep_s = now_s + TICK_S
+            self._hang_up_on(lambda c: now_s - c.since_s > (IDLE_S if c.is_trusted else HEADER_S))
+        if now_s >= self._accept_s and not self._stopping.is_set():
+            self._epoll.modify(self.socket, ONCE)
+        for descriptor, _ in self._epoll.poll(wait_s):
+            if descriptor == self.socket.fileno():
+                self._accept()
+            elif descriptor in self._silent:
+                with self._lock:
+                    self.waiting.append(self._silent.pop(descriptor))
+                    self.waiting[-1].since_s = time.monotonic()
+        following = None
         try:
             while following := self._next():
-                threading.Thread(target=self._work, args=following, daemon=True).start()
-        except RuntimeError as error:  # the host has none to give, but again when some have ended
-            log.warning("%s waits for a thread: %s", following[1][0], error)
-            with self._lock:
-                self._served[following[1][0]] -= 1
-                self._waiting.insert(0, following)
+                threading.Thread(target=self._work, args=[following], daemon=True).start()
+        except (RuntimeError, MemoryError) as error:  # the host has no more threads for us
+            if following:
+                log.warning("%s waits for a thread: %s", following.address, error)
+                with self._lock:
+                    self.waiting.insert(0, following)
+                    self.served[following.group] -= 1
+            time.sleep(TICK_S)
 
-    def _next(self) -> Any:
-        """Take the first connection whose address has fewer threads than are left for others."""
+    def _accept(self) -> None:
+        """Let a new connection wait; where there is no place, the longest silent one makes it."""
+        now_s = time.monotonic()
         with self._lock:
-            left = THREADS - sum(self._served.values())
-            for number, (_, (host, _)) in enumerate(self._waiting):
-                if self._served[host] < left:
-                    self._served[host] += 1
-                    return self._waiting.pop(number)
+            old = (c for c in self._silent.values() if now_s - c.since_s > TICK_S)
+            oldest = next((c for c in old if not c.is_trusted), None)
+            taken = len(self._silent) + len(self.waiting) + sum(self.served.values())
+        try:
+            if taken >= self._most:
+                raise OSError(f"all {taken} are taken")
+            client, (host, *_) = self.socket.accept()
+        except BlockingIOError:
+            return  # it has left
+        except OSError as error:  # or the host has no more descriptors or memory
+            if oldest:
+                self._hang_up_on(lambda connection: connection is oldest)
+            else:
+                log.warning("no connection can be accepted for %g s: %s", TICK_S, error)
+                self._accept_s = now_s + TICK_S
+            return
+        host = host.removeprefix("::ffff:")  # IPv4, RFC 4291, 2.5.5.2
+        with self._lock:
+            self._silent[client.fileno()] = Connection(client, host, now_s)
+        self._epoll.register(client, ONCE)
+
+    def _hang_up_on(self, is_meant: Callable[[Connection], bool]) -> None:
+        with self._lock:
+            for connection in filter(is_meant, [*self._silent.values()]):
+                del self._silent[connection.socket.fileno()]
+                connection.socket.close()
+
+    def _next(self) -> Connection | None:
+        """Take the first connection whose group has fewer threads than are left for others."""
+        with self._lock:
+            left = THREADS - sum(self.served.values())
+            for number, connection in enumerate(self.waiting):
+                if self.served[connection.group] < left:
+                    self.served[connection.group] += 1
+                    return self.waiting.pop(number)
         return None
 
-    def _work(self, *following: Any) -> None:
-        while following:
-            self.process_request_thread(*following)
+    def _work(self, connection: Connection | None) -> None:
+        while connection:
+            with guard(connection.address):
+                self._serve(connection)
             with self._lock:
-                self._served[following[1][0]] -= 1
-                self._served += collections.Counter()  # forgets those at zero
-            following = self._next()
+                self.served[connection.group] -= 1
+                self.served += collections.Counter()  # forgets those at zero
+            connection = self._next()
 
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
-        self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log in a line what ended a connection, with the traceback if no client or network did."""
-        is_bug = not isinstance(error := sys.exc_info()[1], OSError)
-        log.warning("%s is gone unanswered: %s", client_address[0], error, exc_info=is_bug)
+    def _serve(self, connection: Connection) -> None:
+        """Answer what a client has sent, and let it wait for its next request or hang up."""
+        connection.is_kept, connection.is_amid = False, True
+        try:
+            if self._tls and not isinstance(connection.socket, ssl.SSLSocket):
+                connection.socket.settimeout(HEADER_S)  # for the whole handshake
+                connection.socket = self._tls.wrap_socket(
+                    connection.socket, server_side=True, do_handshake_on_connect=False
+                )
+                connection.socket.do_handshake()
+            Handler(connection, (connection.address, 0), self)  # type: ignore[arg-type]
+        except OSError as error:
+            log.warning("%s is gone unanswered: %s", connection.address, error)
+        if connection.is_kept and not self._stopping.is_set():
+            connection.since_s = time.monotonic()
+            with self._lock:
+                self._silent[connection.socket.fileno()] = connection
+            self._epoll.modify(connection.socket, ONCE)
+        else:
+            connection.end()
 
 
 # === systemd ======================================================================================
@@ -946,19 +1036,19 @@ def serve(environ: Mapping[str, str]) -> None:
     """Relay alarms until SIGTERM or SIGINT; raise RelayError if that is not possible."""
     settings = read_settings(environ)
     os.umask(0o077)
+    # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
     home = Path(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "alarmrelay")
     spool = Spool(Path(environ.get("STATE_DIRECTORY", "").split(":")[0] or home))  # systemd.exec(5)
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
     server = Server(settings, spool, courier)
-    # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     (delivery := threading.Thread(target=courier.run, name="courier", daemon=True)).start()
-    (accepting := threading.Thread(target=server.serve_forever, name="accept", daemon=True)).start()
+    (accepting := threading.Thread(target=server.run, name="accept", daemon=True)).start()
     if not (settings["tls"] or ipaddress.ip_address(settings["listen"][0]).is_loopback):
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
-    where = f"listening on {settings['listen'][0]} port {server.server_address[1]}"
+    where = f"listening on {settings['listen'][0]} port {server.socket.getsockname()[1]}"
     said, wait_s = "", 0.0
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
         counts = f"{spool.waiting} waiting, {spool.delivered} delivered"
@@ -969,15 +1059,16 @@ def serve(environ: Mapping[str, str]) -> None:
         if words != said:
             notify(environ, f"STATUS={words}")
         said, wait_s = words, TICK_S
-        spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
+        with suppress(Refused):  # the loop ends for the same reason
+            spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
     notify(environ, "STOPPING=1")
     deadline = time.monotonic() + STOP_S
     courier.stopping.set()  # the send in flight is the last
     courier.arrived.set()
-    server.shutdown()
+    server.stop()
     accepting.join(STOP_S)
-    server.server_close()
-    while server.owed and time.monotonic() < deadline:
+    server.socket.close()
+    while (server.waiting or server.served) and time.monotonic() < deadline:
         time.sleep(0.02)
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,17 +22,18 @@ import pytest
 from harness import Client, Relay, basic, head
 from webex_standin import Fault
 
+from alarmrelay import Connection
+
 NEIGHBOUR, OTHER = "127.0.0.2", "127.0.0.3"
 
 
-OPEN: list[socket.socket] = []
+OPEN: list[socket.socket | Client] = []  # of this test
 
 
 @pytest.fixture(autouse=True)
 def _hang_up():
     yield
-    close(OPEN)
-    OPEN.clear()
+    hang_up()
 
 
 def silent_clients(relay: Relay, count: int, host: str = NEIGHBOUR) -> list[socket.socket]:
@@ -55,9 +57,10 @@ def is_open(connection: socket.socket) -> bool:
     return False
 
 
-def close(connections: list[socket.socket]) -> None:
-    for connection in connections:
-        connection.close()
+def hang_up() -> None:
+    """Close what a test has opened, before its relay stops or after it has failed."""
+    while OPEN:
+        OPEN.pop().close()
 
 
 def numbered(number: int) -> bytes:
@@ -81,7 +84,7 @@ def status_of(relay: Relay, field: str) -> int:
 @pytest.fixture
 def hasty(tmp_path, webex):
     """A relay that waits for nobody for longer than half a second."""
-    limits = {"HEADER_S": 0.5, "BODY_S": 0.5, "IDLE_S": 0.5, "LINGER_S": 0.5}
+    limits = {"HEADER_S": 0.5, "BODY_S": 0.5, "IDLE_S": 0.5, "LINGER_S": 0.5, "TICK_S": 0.1}
     with Relay(tmp_path, webex.url, limits) as running:
         yield running
 
@@ -136,7 +139,10 @@ def test_a_client_that_says_nothing_is_closed_without_an_answer_or_a_line(hasty)
 
 
 def test_an_idle_connection_with_credentials_may_stay_for_longer(tmp_path, webex):
-    with Relay(tmp_path, webex.url, {"HEADER_S": 0.3}) as relay, Client(relay) as client:
+    with (
+        Relay(tmp_path, webex.url, {"HEADER_S": 0.3, "TICK_S": 0.1}) as relay,
+        Client(relay) as client,
+    ):
         client.send(head("GET /healthz HTTP/1.1", None))
         assert client.answer()[0] == 200
         assert client.is_closed()  # without credentials
@@ -160,19 +166,48 @@ def test_500_idle_clients_of_one_address_do_not_reach_another(relay, drip):
         for connection in idle if drip else []:
             connection.sendall(b"x")
     assert all(map(is_open, idle))  # they were there all the time
-    assert status_of(relay, "Threads") <= 500 + 10
-    close(idle)
+    assert status_of(relay, "Threads") <= 128 + 4
+    hang_up()
+
+
+def test_silent_clients_need_no_thread_and_no_place_that_another_needs(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"CONNECTIONS": 50, "TICK_S": 0.1}) as relay:
+        idle = silent_clients(relay, 200)
+        assert post_from(relay, OTHER) == 200
+        assert status_of(relay, "Threads") <= 5
+        assert 0 < sum(map(is_open, idle)) < 200  # those gave way that had been silent the longest
+        assert not is_open(idle[0])
 
 
 @pytest.mark.pitfall(3)
 def test_addresses_that_take_all_they_can_leave_threads_to_the_next(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"THREADS": 32}) as relay:
-        idle = [silent_clients(relay, 32, f"127.0.1.{number}") for number in range(1, 6)]
+        slow = [silent_clients(relay, 32, f"127.0.1.{number}") for number in range(1, 6)]
+        for connection in itertools.chain.from_iterable(slow):
+            connection.sendall(b"POST /")
         assert post_from(relay, OTHER) == 200
-        assert all(is_open(connection) for group in idle for connection in group)
+        assert all(map(is_open, itertools.chain.from_iterable(slow)))
         assert status_of(relay, "Threads") <= 32 + 4
-        for group in idle:
-            close(group)
+        hang_up()
+
+
+@pytest.mark.pitfall(3)
+def test_an_ipv6_network_shares_its_threads_as_one_address_does():
+    groups = {Connection(None, address, 0.0).group for address in ("2001:db8::1", "2001:db8::2:1")}
+    assert groups == {bytes.fromhex("20010db800000000")}
+    assert Connection(None, "192.0.2.1", 0.0).group != Connection(None, "192.0.2.2", 0.0).group
+
+
+def test_connections_that_are_kept_need_no_thread(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"THREADS": 8}) as relay:
+        clients = [Client(relay) for _ in range(40)]
+        for number in range(3):
+            for place, client in enumerate(clients):
+                body = numbered(100 * number + place)
+                client.send(head(Content_Length=len(body)), body)
+            assert [client.answer()[0] for client in clients] == [200] * 40
+        for client in clients:
+            client.close()
 
 
 @pytest.mark.pitfall(3)
@@ -215,11 +250,10 @@ def test_a_burst_of_300_connections_from_one_address_is_answered_to_the_last(rel
 def test_the_kernel_keeps_connections_while_the_accept_loop_is_busy(relay):
     relay.process.send_signal(signal.SIGSTOP)
     try:
-        idle = silent_clients(relay, 300)  # with a backlog of 5 the sixth would time out
+        silent_clients(relay, 300)  # with a backlog of 5 the sixth would time out
     finally:
         relay.process.send_signal(signal.SIGCONT)
     assert post_from(relay, OTHER) == 200
-    close(idle)
 
 
 def cpu_ticks(relay: Relay) -> int:
@@ -232,46 +266,81 @@ def limit(relay: Relay, kind: int, value: int) -> None:
     resource.prlimit(relay.process.pid, kind, (value, most))
 
 
+def busy_clients(relay: Relay, count: int) -> list[Client]:
+    """Return clients that have sent half of a request, whose other half is b"{}"."""
+    clients = [Client(relay, NEIGHBOUR) for _ in range(count)]
+    OPEN.extend(clients)
+    for client in clients:
+        client.send(head(Content_Length=2, Connection="close"))
+    return clients
+
+
 @pytest.mark.pitfall(5)
 @pytest.mark.parametrize("descriptors", [60, None], ids=["from the start", "all of a sudden"])
 def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex, descriptors):
-    relay = Relay(tmp_path, webex.url, {"TICK_S": 0.2})
+    relay = Relay(tmp_path, webex.url, {"TICK_S": 0.3})
     relay.limits = [(resource.RLIMIT_NOFILE, descriptors)] if descriptors else []
     with relay:
         assert post_from(relay, OTHER, 1) == 200
         webex.wait_for(lambda: len(webex.messages) == 1)
         if not descriptors:
             open_now = len(list(Path(f"/proc/{relay.process.pid}/fd").iterdir()))
-            limit(relay, resource.RLIMIT_NOFILE, open_now + 2)
-        idle = silent_clients(relay, 100)
+            limit(relay, resource.RLIMIT_NOFILE, open_now + 10)
+        silent_clients(relay, 100)
+        assert post_from(relay, OTHER, 2) == 200  # the silent ones give way, these do not:
+        busy = busy_clients(relay, 20)
         answered = Client(relay, OTHER)
-        answered.send(head(Content_Length=len(numbered(2))), numbered(2))  # waits in the kernel
-        words = "all connections are taken" if descriptors else "no connection can be accepted"
-        began_s, ticks = time.monotonic(), cpu_ticks(relay)
-        relay.wait_for_log(words, 3)
+        answered.send(head(Content_Length=len(numbered(3))), numbered(3))  # waits in the kernel
+        relay.wait_for_log("no connection can be accepted", 2)
+        began_s, ticks, lines = time.monotonic(), cpu_ticks(relay), relay.log().count("\n")
+        relay.wait_for_log("no connection can be accepted", 7)
         spent_s = (cpu_ticks(relay) - ticks) / os.sysconf("SC_CLK_TCK")
         assert spent_s < (time.monotonic() - began_s) / 2  # a loop that spins takes all of it
-        close(idle)
+        assert relay.log().count("\n") < lines + 20
+        for client in busy:
+            client.send(b"{}")
+        assert answered.answer()[0] == 200
+        assert {client.answer()[0] for client in busy} == {200}
         if not descriptors:
             limit(relay, resource.RLIMIT_NOFILE, 1000)
-        assert answered.answer()[0] == 200
-        assert post_from(relay, OTHER, 3) == 200
-        webex.wait_for(lambda: len(webex.messages) == 3)
-        answered.close()
-    assert [f"number {n}" in text for n, text in enumerate(webex.texts(), 1)] == [True] * 3
+        assert post_from(relay, OTHER, 4) == 200
+        webex.wait_for(lambda: len(webex.messages) == 5)
+        for client in [answered, *busy]:
+            client.close()
 
 
 def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex):
     with Relay(tmp_path, webex.url) as relay:
         limit(relay, resource.RLIMIT_AS, (status_of(relay, "VmSize") + 40_000) * 1024)
-        idle = silent_clients(relay, 40)  # each thread takes 8 MB of address space
+        busy = busy_clients(relay, 30)  # each thread takes 8 MB of address space
         client = Client(relay, OTHER)
         client.send(head(Content_Length=len(numbered(1))), numbered(1))
         relay.wait_for_log("waits for a thread")
-        close(idle)
+        for other in busy:
+            other.send(b"{}")
         assert client.answer()[0] == 200
-        client.close()
-        webex.wait_for(lambda: len(webex.messages) == 1)
+        assert {other.answer()[0] for other in busy} == {200}
+        webex.wait_for(lambda: len(webex.messages) == 2)
+        for other in [client, *busy]:
+            other.close()
+
+
+@pytest.mark.pitfall(14)
+def test_a_stop_answers_what_had_come_in_and_waits_for_a_thread(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"THREADS": 8}) as relay:
+        busy = busy_clients(relay, 20)
+        whole = [Client(relay, NEIGHBOUR) for _ in range(20)]
+        for number, client in enumerate(whole):
+            client.send(head(Content_Length=len(numbered(number))), numbered(number))
+        assert post_from(relay, OTHER, 99) == 200  # accepted after them
+        relay.terminate()
+        relay.told("STOPPING=1")
+        for client in busy:
+            client.send(b"{}")
+        assert [client.answer()[0] for client in busy + whole] == [200] * 40
+        for client in busy + whole:
+            client.close()
+        assert relay.process.wait(20) == 0
 
 
 @pytest.mark.pitfall(10)
@@ -284,6 +353,11 @@ def test_a_header_has_a_bound_as_a_whole(relay):
         status, headers, body = client.answer()
         assert (status, headers["connection"]) == (431, "close")
         assert "262144" in json.loads(body)["error"]
+    with Client(relay) as client:
+        client.send(b"POST / HTTP/1.1\r\n" + b"x:\r\n" * 101)
+        status, headers, body = client.answer()
+        assert (status, headers["connection"]) == (431, "close")
+        assert "100 fields" in json.loads(body)["error"]
     assert status_of(relay, "VmRSS") < before_kib + 3000
     assert post_from(relay, OTHER) == 200
 
@@ -383,6 +457,9 @@ def test_a_refused_delivery_leaves_no_descriptor_behind(tmp_path, webex):
 
 
 CREDENTIALS = {
+    "too much padding": basic().encode() + b"==",
+    "padding in between": b"Basic =" + basic().split()[1].encode(),
+    "a space of another kind": basic().encode() + b"\xa0",
     "no colon": basic("").split()[1].encode(),
     "100 KB": b"Basic " + b"QUFB" * 25_000,
     "100 KB of no base64": b"Basic " + b"=" * 100_000,

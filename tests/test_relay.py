@@ -187,13 +187,13 @@ def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
     assert numbers(webex) == [1]
 
 
-@pytest.mark.pitfall(14)
 def wait_until_nothing_listens(relay: Relay) -> None:
     """Wait until the stop is past the accept loop; only then does it wait for what is under way."""
     while is_taken(relay.port):
         pass
 
 
+@pytest.mark.pitfall(14)
 def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
     relay = Relay(tmp_path, webex.url).start()
     idle, busy = relay.connect(), relay.connect()
@@ -221,7 +221,6 @@ def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
         webex.wait_for(lambda: {1, 2} <= {n for n in numbers(webex) if n})
 
 
-@pytest.mark.pitfall(15)
 def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex):
     release = threading.Event()
     webex.faults.append(Fault(take=True, status=200, hold=release))
@@ -246,6 +245,7 @@ def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex
     assert numbers(webex) == [1, 2]  # the first was recorded, and not sent again
 
 
+@pytest.mark.pitfall(15)
 def test_ctrl_c_stops_it_as_well(relay):
     relay.process.send_signal(signal.SIGINT)
     assert relay.process.wait(20) == 0
@@ -287,6 +287,7 @@ def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
     assert ids == [1, 3]
 
 
+@pytest.mark.pitfall(16)
 def test_webex_cannot_forge_a_line_of_the_log(tmp_path, webex):
     words = "x\n<0>forged\x1b\u2028"
     webex.faults.append(Fault(status=200, body=json.dumps({"id": words}).encode()))
@@ -295,7 +296,7 @@ def test_webex_cannot_forge_a_line_of_the_log(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"RETRY_S": 0.05, "HOLD_S": 0.05}) as relay:
         relay.post(numbered(1))
         webex.wait_for(lambda: webex.messages)
-    assert relay.log().count("forged") == 3
+    assert relay.log().count("forged") == 2
     for line in relay.log().split("\n"):  # and not at what else splitlines() takes for an end
         assert line.isprintable()
         assert not line.startswith("<0>")

@@ -121,7 +121,6 @@ def test_a_user_name_with_a_colon_is_refused():
     assert problems(webhook_username="a:b")[0].startswith("webhook_username: expected ")
 
 
-@pytest.mark.pitfall(24)
 def test_missing_settings_are_named_all_at_once_with_the_line_to_export_them(tmp_path):
     done = run({"STATE_DIRECTORY": str(tmp_path / "state"), "listen": "nonsense"})
     assert done.returncode == 78
@@ -137,6 +136,7 @@ def test_missing_settings_are_named_all_at_once_with_the_line_to_export_them(tmp
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.pitfall(24)
 def test_a_host_without_time_zones_is_told_which_package_to_install(tmp_path):
     done = run({**environment(tmp_path, "http://127.0.0.1:9/v1"), "PYTHONTZPATH": ""})
     assert done.returncode == 78
