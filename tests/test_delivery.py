@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import logging
 import socket
 import ssl
 import threading
+import time
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -375,6 +377,25 @@ def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, web
     assert client.post_message({"roomId": ROOM, "markdown": "x"})[0] == 0
     assert_no_request_stays_behind(client)
     assert webex.requests == []
+
+
+def test_a_request_that_waited_for_a_late_one_for_too_long_is_not_sent(webex, monkeypatch):
+    """Its thread may be in a name lookup for as long as that takes."""
+    found = threading.Event()
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: found.wait(20) and look_up(*a, **k))
+    client = Webex(webex.url, TOKEN, timeout_s=0.4)
+    for number in range(2):
+        assert client.post_message({"roomId": ROOM, "markdown": f"number {number}"})[0] == 0
+    client._timeout_s = 20
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        last = pool.submit(client.post_message, {"roomId": ROOM, "markdown": "number 2"})
+        while client._late_s < time.monotonic() + 1:
+            assert not last.done()
+        found.set()
+        assert last.result(20)[0] == 200
+    assert_no_request_stays_behind(client)
+    assert webex.texts() == ["number 2"]
 
 
 def test_certificates_are_verified():

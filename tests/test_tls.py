@@ -19,6 +19,8 @@ import pytest
 from harness import PROGRAM, Relay, basic, environment, head
 from webex_standin import WebexStandIn
 
+from alarmrelay import load_tls
+
 README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
 ALARM = json.dumps({"message": "over TLS"}).encode()
@@ -91,6 +93,10 @@ def test_older_tls_is_refused(relay, pair, version):
     with pytest.raises(ssl.SSLError):
         post(relay, context)
     relay.wait_for_log("is gone unanswered: [SSL: UNSUPPORTED_PROTOCOL]")
+
+
+def test_a_client_may_not_ask_for_handshake_after_handshake(pair):
+    assert load_tls(*map(str, pair)).options & ssl.OP_NO_RENEGOTIATION
 
 
 @pytest.mark.pitfall(1)
