@@ -57,7 +57,7 @@ ALARMS = 1000  # in one request; vManage sends them one by one
 BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time, and of a refused body at the most
 HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header; for a body, which has credentials
 IDLE_S = 75.0  # between the requests of a connection that has shown credentials; else HEADER_S
-BACKLOG = 1024  # connections that the kernel keeps until they are accepted
+BACKLOG, BATCH = 1024, 64  # connections that the kernel keeps; that are accepted at once
 KEEP_S, LINGER_S = 0.1, 2.0  # a thread waits for one more request; for a client to hang up
 CONNECTIONS, THREADS = 4096, 64  # at once; only a request under way has a thread
 SPARE_FILES = 40  # descriptors left for the spool, Webex and name lookups
@@ -624,8 +624,8 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]
 class Wire(io.RawIOBase):
     """A connection's bytes for a BufferedReader, until deadline_s (monotonic) and no longer."""
 
-    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
-        self._connection, self.deadline_s, self.received = connection, deadline_s, 0
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self.deadline_s, self.received = connection, 0.0, 0
 
     def readable(self) -> bool:
         return True
@@ -647,10 +647,11 @@ class Wire(io.RawIOBase):
 class Connection:
     socket: socket.socket  # TLS once hands are shaken
     address: str
-    since_s: float  # monotonic; it has been silent, or not been answered, since then
+    since_s: float  # monotonic; it has been silent, or waits for a thread, since then
     is_trusted: bool = False  # has shown credentials
-    is_kept: bool = False  # is to wait for its next request
+    is_kept: bool = False  # is to stay for its next request
     is_amid: bool = True  # a handshake or a request: its client may go on sending
+    rfile: io.BufferedReader | None = None  # has that request already
 
     def __post_init__(self) -> None:
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
@@ -665,7 +666,8 @@ class Connection:
                     ended.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
             ended.shutdown(socket.SHUT_WR)
             # To close while bytes come in is a reset, which can overtake the answer.
-            wire = Wire(ended, time.monotonic() + LINGER_S)
+            wire = Wire(ended)
+            wire.deadline_s = time.monotonic() + LINGER_S
             while self.is_amid and wire.received < DRAIN_BYTES and wire.read(BLOCK_BYTES):
                 pass
 
@@ -714,11 +716,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Make ready to read; a handler lives as long as its connection has a thread."""
         self.connection = self.request.socket
+        self.rfile = self.request.rfile or io.BufferedReader(Wire(self.connection))
+        self.wire: Wire = self.rfile.raw  # type: ignore[assignment]
         # Who had to wait for a thread may have spent all of its time.
         now_s = time.monotonic()
-        deadline_s = max(self.request.since_s + HEADER_S, now_s + LINGER_S)
-        self.wire = Wire(self.connection, deadline_s)
-        self.rfile = io.BufferedReader(self.wire)
+        self.wire.deadline_s = max(self.request.since_s + HEADER_S, now_s + LINGER_S)
+        self.request.is_kept, self.request.rfile = False, None
 
     def finish(self) -> None:
         pass  # the connection may stay
@@ -729,14 +732,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.handle_one_request()
             if self.close_connection:
                 return
-            # If others wait for the thread, it only looks for what has left the kernel already.
-            wait_s = 0.001 if self.server.waiting else KEEP_S
-            self.wire.deadline_s = time.monotonic() + wait_s
+            # It keeps the thread for a moment, unless others wait for one: they are next.
+            self.wire.deadline_s = time.monotonic() + (0.001 if self.server.waiting else KEEP_S)
             try:
                 if not self.rfile.peek(1):
                     return
             except (OSError, Refused):
                 self.request.is_kept = True
+                return
+            if self.server.waiting:
+                self.request.is_kept, self.request.rfile = True, self.rfile
                 return
             self.wire.deadline_s = time.monotonic() + HEADER_S
 
@@ -747,6 +752,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if not self.parse_request():
                 return
+            self.close_connection |= self.server.stopping.is_set()
             body = read_body(self.rfile, body_length(self.request_version, self.headers))
             self.answer(200, self.respond(body))
         except Refused as refusal:
@@ -836,6 +842,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not hmac.compare_digest(given, self.server.credentials) or scheme.lower() != "basic":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
         self.request.is_trusted = True
+        self.server.known.add(self.request.group)
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
@@ -872,6 +879,7 @@ class Server:
         self.credentials = hashlib.sha256(base64.b64encode(credentials)).digest()
         self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
         self._tls: ssl.SSLContext | None = settings["tls"]
+        self.known = set[bytes]()  # groups that have shown credentials
         self.large, self._lock = threading.Lock(), threading.Lock()  # which guards the three below
         self._silent: dict[int, Connection] = {}  # in epoll, by descriptor, the longest first
         self.waiting: list[Connection] = []  # for a thread
@@ -879,7 +887,7 @@ class Server:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = max(8, min(CONNECTIONS, files - SPARE_FILES))
         self._epoll, (self._awake, self._waker) = select.epoll(), os.pipe()
-        self._stopping, self._accept_s, self._sweep_s = threading.Event(), 0.0, 0.0  # monotonic
+        self.stopping, self._accept_s, self._sweep_s = threading.Event(), 0.0, 0.0  # monotonic
         host, port = settings["listen"]
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -892,7 +900,7 @@ class Server:
 
     def run(self) -> None:
         """Accept connections until stop(), and have those served that say something."""
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             with guard("the door", TICK_S):
                 self._step(TICK_S)
         self._step(0.0)  # what clients have sent before the stop is still answered
@@ -900,23 +908,23 @@ class Server:
 
     def stop(self) -> None:
         """Let run() end at once; then wait until nothing is waiting or served."""
-        self._stopping.set()
+        self.stopping.set()
         os.close(self._waker)
 
     def _step(self, wait_s: float) -> None:
+        if time.monotonic() >= self._accept_s and not self.stopping.is_set():
+            self._epoll.modify(self.socket, ONCE)
+        events = {descriptor for descriptor, _ in self._epoll.poll(wait_s, CONNECTIONS + 2)}
         now_s = time.monotonic()
+        with self._lock:
+            for descriptor in events & self._silent.keys():
+                self.waiting.append(self._silent.pop(descriptor))
+                self.waiting[-1].since_s = now_s
         if now_s >= self._sweep_s:
             self._sweep_s = now_s + TICK_S
             self._hang_up_on(lambda c: now_s - c.since_s > (IDLE_S if c.is_trusted else HEADER_S))
-        if now_s >= self._accept_s and not self._stopping.is_set():
-            self._epoll.modify(self.socket, ONCE)
-        for descriptor, _ in self._epoll.poll(wait_s):
-            if descriptor == self.socket.fileno():
-                self._accept()
-            elif descriptor in self._silent:
-                with self._lock:
-                    self.waiting.append(self._silent.pop(descriptor))
-                    self.waiting[-1].since_s = time.monotonic()
+        if self.socket.fileno() in events:  # the last, since it may make others give way
+            self._accept(now_s)
         following = None
         try:
             while following := self._next():
@@ -929,30 +937,43 @@ class Server:
                     self.served[following.group] -= 1
             time.sleep(TICK_S)
 
-    def _accept(self) -> None:
-        """Let a new connection wait; where there is no place, the longest silent one makes it."""
-        now_s = time.monotonic()
+    def _accept(self, now_s: float) -> None:
+        """Let new connections wait; where there is no place, some slow ones make it."""
         with self._lock:
-            old = (c for c in self._silent.values() if now_s - c.since_s > TICK_S)
-            oldest = next((c for c in old if not c.is_trusted), None)
             taken = len(self._silent) + len(self.waiting) + sum(self.served.values())
         try:
-            if taken >= self._most:
-                raise OSError(f"all {taken} are taken")
-            client, (host, *_) = self.socket.accept()
+            for number in range(taken, taken + BATCH):
+                if number >= self._most:
+                    raise OSError(f"all {number} are taken")
+                client, (host, *_) = self.socket.accept()
+                host = host.removeprefix("::ffff:")  # IPv4, RFC 4291, 2.5.5.2
+                with self._lock:
+                    self._silent[client.fileno()] = Connection(client, host, now_s)
+                self._epoll.register(client, ONCE)
         except BlockingIOError:
-            return  # it has left
+            pass  # that were all
         except OSError as error:  # or the host has no more descriptors or memory
-            if oldest:
-                self._hang_up_on(lambda connection: connection is oldest)
-            else:
+            if not self._make_room(now_s):
                 log.warning("no connection can be accepted for %g s: %s", TICK_S, error)
                 self._accept_s = now_s + TICK_S
-            return
-        host = host.removeprefix("::ffff:")  # IPv4, RFC 4291, 2.5.5.2
+
+    def _make_room(self, now_s: float) -> bool:
+        """Hang up on the slowest of the group that has most of them; return whether there were."""
         with self._lock:
-            self._silent[client.fileno()] = Connection(client, host, now_s)
-        self._epoll.register(client, ONCE)
+            every = [*self._silent.values(), *self.waiting]
+            slow = [c for c in every if not c.is_trusted and now_s - c.since_s > TICK_S]
+            if slow:
+                ((group, _),) = collections.Counter(c.group for c in slow).most_common(1)
+                slow = [c for c in sorted(slow, key=lambda c: c.since_s) if c.group == group][
+                    :BATCH
+                ]
+                words = "%d connections of %s give way, no whole request in %g s"
+                log.warning(words, len(slow), slow[0].address, TICK_S)
+                self.waiting = [c for c in self.waiting if c not in slow]
+                for connection in slow:
+                    self._silent.pop(connection.socket.fileno(), None)
+                    connection.socket.close()
+        return bool(slow)
 
     def _hang_up_on(self, is_meant: Callable[[Connection], bool]) -> None:
         with self._lock:
@@ -961,11 +982,15 @@ class Server:
                 connection.socket.close()
 
     def _next(self) -> Connection | None:
-        """Take the first connection whose group has fewer threads than are left for others."""
+        """Take the first connection whose group has fewer threads than are left for others.
+
+        A quarter of them is for those that have shown credentials: nobody else can take it.
+        """
         with self._lock:
             left = THREADS - sum(self.served.values())
             for number, connection in enumerate(self.waiting):
-                if self.served[connection.group] < left:
+                spare = 0 if connection.group in self.known else THREADS // 4
+                if self.served[connection.group] < left - spare:
                     self.served[connection.group] += 1
                     return self.waiting.pop(number)
         return None
@@ -981,7 +1006,6 @@ class Server:
 
     def _serve(self, connection: Connection) -> None:
         """Answer what a client has sent, and let it wait for its next request or hang up."""
-        connection.is_kept, connection.is_amid = False, True
         try:
             if self._tls and not isinstance(connection.socket, ssl.SSLSocket):
                 connection.socket.settimeout(HEADER_S)  # for the whole handshake
@@ -989,15 +1013,20 @@ class Server:
                     connection.socket, server_side=True, do_handshake_on_connect=False
                 )
                 connection.socket.do_handshake()
-            Handler(connection, (connection.address, 0), self)  # type: ignore[arg-type]
+                connection.is_kept = True  # its request may come later
+            else:
+                Handler(connection, (connection.address, 0), self)  # type: ignore[arg-type]
         except OSError as error:
             log.warning("%s is gone unanswered: %s", connection.address, error)
-        if connection.is_kept and not self._stopping.is_set():
+        with self._lock:
+            is_kept = connection.is_kept and not self.stopping.is_set()
             connection.since_s = time.monotonic()
-            with self._lock:
+            if is_kept and (connection.rfile or getattr(connection.socket, "pending", int)()):
+                self.waiting.append(connection)  # what has left the kernel does not wake epoll
+            elif is_kept:
                 self._silent[connection.socket.fileno()] = connection
-            self._epoll.modify(connection.socket, ONCE)
-        else:
+                self._epoll.modify(connection.socket, ONCE)
+        if not is_kept:
             connection.end()
 
 

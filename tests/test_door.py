@@ -191,7 +191,7 @@ def test_500_idle_clients_of_one_address_do_not_reach_another(relay, drip):
         for connection in idle if drip else []:
             connection.sendall(b"x")
     assert all(map(is_open, idle))  # they were there all the time
-    assert status_of(relay, "Threads") <= 128 + 4
+    assert status_of(relay, "Threads") <= 64 + 4
     hang_up()
 
 
@@ -200,17 +200,75 @@ def test_silent_clients_need_no_thread_and_no_place_that_another_needs(tmp_path,
         idle = silent_clients(relay, 200)
         assert post_from(relay, OTHER) == 200
         assert status_of(relay, "Threads") <= 5
-        assert 0 < sum(map(is_open, idle)) < 200  # those gave way that had been silent the longest
-        assert not is_open(idle[0])
+        assert not is_open(idle[0])  # the longest silent gave way
+        assert "connections of 127.0.0.2 give way" in relay.log()
+
+
+def test_half_a_request_holds_no_place_that_another_needs(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"CONNECTIONS": 50, "THREADS": 8, "TICK_S": 0.1}) as relay:
+        for connection in silent_clients(relay, 200):
+            with contextlib.suppress(OSError):
+                connection.sendall(b"P")
+        assert post_from(relay, OTHER) == 200
+        hang_up()
+
+
+def test_neither_a_burst_nor_those_with_credentials_give_way(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"CONNECTIONS": 12, "TICK_S": 0.2}) as relay:
+        trusted = [Client(relay) for _ in range(4)]
+        OPEN.extend(trusted)
+        for number, client in enumerate(trusted):
+            client.send(head(Content_Length=len(numbered(number))), numbered(number))
+            assert client.answer()[0] == 200
+        silent_clients(relay, 100)
+        assert post_from(relay, OTHER) == 200  # the silent ones gave way to it
+        with concurrent.futures.ThreadPoolExecutor(60) as pool:
+            posts = [pool.submit(post_from, relay, NEIGHBOUR, 10 + n) for n in range(60)]
+            assert [post.result(30) for post in posts] == [200] * 60
+        for client in trusted:
+            client.send(head("GET /healthz HTTP/1.1"))
+            assert client.answer()[0] == 200
+
+
+def test_nobody_gives_way_who_has_just_sent_its_request(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"CONNECTIONS": 10, "TICK_S": 0.3}) as relay:
+        late = Client(relay, NEIGHBOUR)
+        OPEN.append(late)
+        time.sleep(0.5)  # now it has been silent for longer than that takes
+        relay.process.send_signal(signal.SIGSTOP)  # so that both come at the same time
+        late.send(head(Content_Length=len(numbered(1))), numbered(1))
+        silent_clients(relay, 12)
+        relay.process.send_signal(signal.SIGCONT)
+        assert late.answer()[0] == 200
+
+
+def test_requests_that_follow_at_once_leave_the_thread_to_others(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"THREADS": 2}) as relay:
+        stop = threading.Event()
+
+        def pipeline() -> None:
+            with Client(relay, NEIGHBOUR) as client:
+                while not stop.is_set():
+                    client.send(head("GET /healthz HTTP/1.1", None) * 20)
+                    for _ in range(20):
+                        assert client.answer()[0] == 200
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            busy = [pool.submit(pipeline) for _ in range(4)]
+            assert [post_from(relay, NEIGHBOUR, number) for number in range(5)] == [200] * 5
+            stop.set()
+            for one in busy:
+                one.result(20)
 
 
 @pytest.mark.pitfall(3)
 def test_addresses_that_take_all_they_can_leave_threads_to_the_next(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"THREADS": 32}) as relay:
-        slow = [silent_clients(relay, 32, f"127.0.1.{number}") for number in range(1, 6)]
+        assert post_from(relay, OTHER) == 200  # has credentials, for which some are kept
+        slow = [silent_clients(relay, 32, f"127.0.1.{number}") for number in range(1, 13)]
         for connection in itertools.chain.from_iterable(slow):
             connection.sendall(b"POST /")
-        assert post_from(relay, OTHER) == 200
+        assert post_from(relay, OTHER, 2) == 200
         assert all(map(is_open, itertools.chain.from_iterable(slow)))
         assert status_of(relay, "Threads") <= 32 + 4
         hang_up()
@@ -348,6 +406,20 @@ def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex):
         webex.wait_for(lambda: len(webex.messages) == 2)
         for other in [client, *busy]:
             other.close()
+
+
+@pytest.mark.pitfall(14)
+def test_a_stop_does_not_wait_for_clients_that_go_on_posting(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"STOP_S": 3600}) as relay, Client(relay) as client:
+        client.send(head("GET /healthz HTTP/1.1") * 50)
+        assert client.answer()[1]["connection"] == "keep-alive"
+        relay.terminate()
+        with contextlib.suppress(OSError, ValueError):  # the end of what it answers
+            for _ in range(10**6):
+                client.send(head("GET /healthz HTTP/1.1"))
+                headers = client.answer()[1]
+        assert headers["connection"] == "close"
+        assert relay.process.wait(20) == 0
 
 
 @pytest.mark.pitfall(14)

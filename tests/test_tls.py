@@ -220,7 +220,7 @@ def test_a_bad_certificate_is_named_beside_the_other_problems(tmp_path, pair):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_key_that_the_relay_may_not_read_is_a_settings_error(tmp_path, pair):
     shutil.copy(PROGRAM, tmp_path)
-    for path in (tmp_path, *tmp_path.parents[:2]):
+    for path in (tmp_path, *list(tmp_path.parents)[:2]):
         path.chmod(0o755)
     certificate, key = (shutil.copy(path, tmp_path) for path in pair)
     Path(key).chmod(0o600)
