@@ -31,6 +31,7 @@ import re
 import resource
 import secrets
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -64,6 +65,7 @@ SPARE_FILES = 40  # descriptors left for the spool, Webex and name lookups
 DELAYED_MS = 300_000  # older when it is delivered, an alarm is old news
 DUPLICATE_MS = 600_000  # sooner, the same bytes are a sender's retry
 WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
+FREE_BYTES = 16 * 2**20  # under it the spool takes no new alarm, so that deliveries can be recorded
 TICK_S, RETENTION_STEP = 1.0, 500  # between two status lines, and old alarms deleted in that time
 REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to each of its addresses
 ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
@@ -87,6 +89,13 @@ class Refused(RelayError):
     def __init__(self, status: int, text: str, **headers: str) -> None:
         super().__init__(text, exit_status=1)
         self.status, self.headers = status, headers
+
+
+class SpoolFull(Refused):
+    """The spool has no room now, and will have some again."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(503, text, **{"Retry-After": "30"})
 
 
 # === Settings =====================================================================================
@@ -293,8 +302,10 @@ def plain_text(markdown: str) -> str:
 # calls out while holding it. What a method has returned from is on disk.
 # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one fsync for each
 # commit, NORMAL would be none (sqlite.org/pragma.html).
-SCHEMA = """
+SCHEMA_VERSION = 1  # files without a version, 0, have the same tables
+SCHEMA = f"""
     PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; BEGIN;
+    PRAGMA user_version = {SCHEMA_VERSION};
     CREATE TABLE IF NOT EXISTS alarm (
         id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
         request BLOB NOT NULL, body TEXT NOT NULL, delivered_ms INTEGER, message_id TEXT);
@@ -302,9 +313,10 @@ SCHEMA = """
     CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL;
     COMMIT;
 """
+DAMAGE = re.compile("malformed|not a database")
 INSERT = "INSERT INTO alarm (id, room, received_ms, request, body) VALUES (?, ?, ?, ?, ?)"
-OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm
-    WHERE room = ? AND delivered_ms IS NULL ORDER BY id LIMIT 1"""
+OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm WHERE room = ?
+    AND delivered_ms IS NULL AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT 1"""
 SET_DELIVERED = "UPDATE alarm SET delivered_ms = ?, message_id = ? WHERE id = ?"
 DELETE_DELIVERED = """DELETE FROM alarm WHERE id IN
     (SELECT id FROM alarm WHERE delivered_ms < ? LIMIT ?)"""
@@ -317,38 +329,64 @@ class Posted:
     received_ms: int
     bodies: Sequence[str]
     ids: range = range(0)  # once they are on disk; none for a duplicate
+    refusal: Refused | None = None
 
 
 class Spool:
     def __init__(self, directory: Path) -> None:
         self._lock = threading.RLock()  # guards the connection and all below
         self._posted: collections.deque[Posted] = collections.deque()
+        self._unrecorded: dict[int, Sequence[object]] = {}  # by id; deliveries, for a full disk
         self.error: Refused | None = None  # what broke it
         self.delivered = 0  # since the start
+        self._path = directory / "alarmrelay.db"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = directory / "alarmrelay.db"
-            db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-            self._db = db
-            db.executescript(SCHEMA)
-            ((self._last_id,),) = db.execute("SELECT ifnull(max(id), 0) FROM alarm")
-            ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
-            # A relay that was killed between its commit and its answer meets the sender's retry.
-            oldest_ms = int(time.time() * 1000) - DUPLICATE_MS
-            newest = db.execute("SELECT request, received_ms FROM alarm ORDER BY id DESC")
-            recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
-            self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if not DAMAGE.search(str(error)):
+                    raise
+                self._move_aside(error)
+                self._open()
         except (OSError, sqlite3.Error) as error:
             if str(error) == "database is locked":
                 raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
+
+    def _open(self) -> None:
+        db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        self._db = db
+        ((version,),) = db.execute("PRAGMA user_version")
+        if version > SCHEMA_VERSION:
+            words = f"{self._path} is of a newer alarmrelay, version {version}"
+            raise RelayError(f"{words}: install that, or move the file aside")
+        db.executescript(SCHEMA)
+        ((self._last_id,),) = db.execute("SELECT ifnull(max(id), 0) FROM alarm")
+        ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
+        # A relay that was killed between its commit and its answer meets the sender's retry.
+        oldest_ms = int(time.time() * 1000) - DUPLICATE_MS
+        newest = db.execute("SELECT request, received_ms FROM alarm ORDER BY id DESC")
+        recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
+        self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
+
+    def _move_aside(self, error: Exception) -> None:
+        """Rename the damaged file, so that the next one to be opened is new."""
+        aside = f"{self._path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
+        log.error("the spool is damaged (%s), what waited in it may be lost: see %s", error, aside)
+        self._db.close()
+        for end in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                os.rename(f"{self._path}{end}", f"{aside}{end}")
 
     def check(self) -> None:
         """Raise Refused unless an alarm can be stored now."""
         if self.error:
             raise self.error
         if self.waiting >= WAITING_ALARMS:
-            raise Refused(503, "too many alarms wait for Webex", **{"Retry-After": "30"})
+            raise SpoolFull("too many alarms wait for Webex")
+        if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
+            raise SpoolFull(f"less than {FREE_BYTES >> 20} MiB are free in {self._path.parent}")
 
     def _execute(self, statement: str, *rows: Sequence[object]) -> list[Any]:
         with self._lock:
@@ -360,6 +398,12 @@ class Spool:
                 self._db.execute("COMMIT")
                 return found
             except (sqlite3.Error, ArithmeticError, MemoryError, ValueError) as error:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                if str(error) == "database or disk is full":
+                    raise SpoolFull(f"{error}: {self._path.parent}") from error
+                if DAMAGE.search(str(error)):
+                    self._move_aside(error)  # a new process begins a new one
                 # For good: after a failed fsync the kernel may have dropped the pages, and the next
                 # says that all is well. Only a new process that reads the file knows what it holds.
                 self.error = Refused(503, f"the spool cannot be read or written: {error}")
@@ -372,9 +416,9 @@ class Spool:
         # before the lock is taken, so that who finds the queue empty under the lock is on disk.
         self._posted.append(posted)
         with self._lock:
-            rows = []
+            rows, batch, recent = [], list[Posted](), self._recent
             while self._posted:
-                one, recent = self._posted.popleft(), self._recent
+                batch.append(one := self._posted.popleft())
                 # Oldest first; by abs(), or a clock that was set back would keep them for long.
                 while recent and abs(one.received_ms - next(iter(recent.values()))) > DUPLICATE_MS:
                     del recent[next(iter(recent))]
@@ -383,24 +427,41 @@ class Spool:
                 for self._last_id, body in zip(one.ids, bodies):
                     rows.append((self._last_id, one.room, one.received_ms, one.request, body))
                 recent.setdefault(one.request, one.received_ms)
-            if rows:
-                self._execute(INSERT, *rows)
+            try:
+                if rows:
+                    self._execute(INSERT, *rows)
                 self.waiting += len(rows)
-            if self.error:
-                raise self.error
+            except Refused as refusal:
+                for one in batch:
+                    recent.pop(one.request, None)
+                    one.refusal = refusal
+            if posted.refusal:
+                raise posted.refusal
         return posted.ids
 
     def oldest_waiting(self, room: str) -> Sequence[Any] | None:
-        return next(iter(self._execute(OLDEST_WAITING, (room,))), None)  # id, received_ms, body
+        """Return id, received_ms and body of the alarm that is to be delivered next."""
+        with self._lock:
+            found = self._execute(OLDEST_WAITING, (room, json.dumps([*self._unrecorded])))
+        return found[0] if found else None
 
     def set_delivered(self, spool_id: int, message_id: str, delivered_ms: int) -> None:
         """Record that an alarm stands in the room, in the Webex message with this id."""
         with self._lock:
-            self._execute(SET_DELIVERED, (delivered_ms, message_id, spool_id))
+            self._unrecorded[spool_id] = (delivered_ms, message_id, spool_id)
             self.waiting, self.delivered = self.waiting - 1, self.delivered + 1
+            self._record()
+
+    def _record(self) -> None:
+        with suppress(SpoolFull):  # later, then; until then it is not sent again
+            self._execute(SET_DELIVERED, *self._unrecorded.values())
+            self._unrecorded.clear()
 
     def delete_delivered(self, before_ms: int) -> None:
-        self._execute(DELETE_DELIVERED, (before_ms, RETENTION_STEP))
+        """Delete some that were delivered before that; record what a full disk has kept from it."""
+        with self._lock, suppress(SpoolFull):
+            self._record()
+            self._execute(DELETE_DELIVERED, (before_ms, RETENTION_STEP))
 
     def close(self) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import pytest
 from harness import Relay, environment
 
 import alarmrelay
-from alarmrelay import Posted, Refused, RelayError, Spool
+from alarmrelay import Posted, Refused, Spool
 
 NUMBERS = itertools.count()
 
@@ -244,14 +244,6 @@ def test_closing_refuses_what_comes_later(tmp_path):
     spool.close()
     with pytest.raises(Refused):
         spool.store(posted())
-
-
-def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "alarmrelay.db").write_bytes(b"noise" * 1000)
-    spool = Spool.__new__(Spool)  # to have its connection at hand, which the process's end closes
-    with pytest.raises(RelayError, match=f"{tmp_path}: file is not a database"):
-        Spool.__init__(spool, tmp_path)
-    spool.close()
 
 
 def test_the_file_can_be_read_with_sqlite_once_the_relay_is_stopped(tmp_path, webex):

@@ -1,0 +1,251 @@
+"""What a disk can do to the spool: fill up, turn read-only, fail, damage the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness import Relay, environment
+from test_settings import run
+from webex_standin import Fault
+
+from alarmrelay import SCHEMA_VERSION, Posted, Spool
+
+MEBIBYTE = 2**20
+
+
+def numbered(number: int) -> dict[str, str]:
+    return {"message": f"number {number}"}
+
+
+def numbers(webex) -> list[int]:
+    return [int(text.split("number ")[1].split(",")[0]) for text in webex.texts()]
+
+
+def rows(path: Path, columns: str = "delivered_ms IS NOT NULL") -> list[object]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return [row[0] for row in db.execute(f"SELECT {columns} FROM alarm ORDER BY id")]
+
+
+class Disk:
+    """A small file system that only the relay sees, as its state directory."""
+
+    def __init__(self, relay: Relay, folder: Path, mebibytes: int) -> None:
+        folder.mkdir()
+        words = f'mount -t tmpfs -o size={mebibytes}m tmpfs {folder} && exec "$@"'
+        relay.command[:0] = ["unshare", "--mount", "sh", "-c", words, "sh"]
+        self.relay, self.folder = relay, folder
+
+    @property
+    def path(self) -> Path:
+        return Path(f"/proc/{self.relay.process.pid}/root{self.folder}")
+
+    def leave_free(self, size: int) -> None:
+        """Let others take up all but so many bytes."""
+        filler = self.path / "filler"
+        filler.unlink(missing_ok=True)
+        with filler.open("wb") as stream, contextlib.suppress(OSError):
+            for _ in range(max(0, shutil.disk_usage(self.path).free - size) // 4096):
+                stream.write(b"x" * 4096)
+        if size == 0:
+            with filler.open("ab", buffering=0) as stream, contextlib.suppress(OSError):
+                while stream.write(b"x" * 4096):
+                    pass
+
+
+@pytest.fixture
+def disk(tmp_path, webex):
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    relay = Relay(tmp_path, webex.url, {"TICK_S": 0.1, "HOLD_S": 0.2})
+    disk = Disk(relay, tmp_path / "state", 40)
+    with relay:
+        yield disk
+
+
+def health(relay: Relay) -> int:
+    connection = relay.connect()
+    with contextlib.closing(connection):
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status
+
+
+def test_under_the_floor_new_alarms_are_refused_and_waiting_ones_delivered(disk, webex):
+    relay = disk.relay
+    webex.fault_for = lambda _: Fault(status=404)
+    assert relay.post(numbered(1))[0] == 200
+    disk.leave_free(15 * MEBIBYTE)
+    status, answer = relay.post(numbered(2))
+    assert status == 503
+    assert "16 MiB" in answer["error"]
+    assert health(relay) == 503
+    webex.fault_for = lambda _: None
+    relay.told("0 waiting, 1 delivered")
+    disk.leave_free(20 * MEBIBYTE)
+    assert health(relay) == 200
+    assert relay.post(numbered(2))[0] == 200
+    relay.told("0 waiting, 2 delivered")
+    assert numbers(webex) == [1, 2]
+
+
+def test_on_a_full_disk_each_alarm_is_sent_once_and_recorded_when_there_is_space(disk, webex):
+    relay = disk.relay
+    webex.fault_for = lambda _: Fault(status=404)
+    for number in range(30):
+        assert relay.post({**numbered(number), "x": "y" * 30_000})[0] == 200
+    disk.leave_free(0)
+    webex.fault_for = lambda _: None
+    relay.told("0 waiting, 30 delivered")
+    assert numbers(webex) == list(range(30))
+    assert relay.post(numbered(99))[0] == 503
+    copy = relay.log_path.parent / "copy"
+    shutil.copytree(disk.path, copy, ignore=shutil.ignore_patterns("filler"))
+    assert 0 in rows(copy / "alarmrelay.db")  # not all could be recorded
+    disk.leave_free(20 * MEBIBYTE)
+    assert relay.post(numbered(30))[0] == 200
+    relay.told("0 waiting, 31 delivered")
+    shutil.rmtree(copy)
+    shutil.copytree(disk.path, copy, ignore=shutil.ignore_patterns("filler"))
+    assert rows(copy / "alarmrelay.db") == [1] * 31
+    assert numbers(webex) == list(range(31))
+    assert relay.process.poll() is None  # all without a restart
+
+
+def test_a_commit_that_finds_the_disk_full_acknowledges_nothing_and_passes(tmp_path, webex):
+    """The floor is looked at before; between that and the commit others may have been faster."""
+    relay = Relay(tmp_path, webex.url, {"TICK_S": 0.1, "FREE_BYTES": 0})
+    disk = Disk(relay, tmp_path / "state", 40)
+    with relay:
+        disk.leave_free(0)
+        status, answer = relay.post({**numbered(1), "x": "y" * 2_000_000})
+        assert status == 503
+        assert "full" in answer["error"]
+        disk.leave_free(20 * MEBIBYTE)
+        assert relay.post({**numbered(1), "x": "y" * 2_000_000}) == (200, {"status": "accepted"})
+        relay.told("1 delivered")
+    assert numbers(webex) == [1]
+
+
+def fill(directory: Path, count: int = 300) -> None:
+    spool = Spool(directory)
+    for number in range(count):
+        alarm = json.dumps({**numbered(number), "x": "y" * 500})
+        spool.store(Posted("/", b"%d" % number, int(time.time() * 1000), [alarm]))
+    spool.close()
+
+
+DAMAGES = {
+    "noise": lambda data, dice: dice.randbytes(len(data)),
+    "noise in front": lambda data, dice: dice.randbytes(100) + data[100:],
+    "noise after the first page": lambda data, dice: data[:4096] + dice.randbytes(len(data) - 4096),
+    "truncated": lambda data, dice: data[: len(data) // 2 + 7],
+    "truncated to a page": lambda data, dice: data[:4096],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_is_moved_aside_and_the_relay_comes_up(tmp_path, webex, damage):
+    fill(tmp_path / "state")
+    path = tmp_path / "state" / "alarmrelay.db"
+    damaged = damage(path.read_bytes(), random.Random(7))
+    path.write_bytes(damaged)
+    # What does not show at the start shows when the courier looks, and then systemd starts it anew.
+    relay = Relay(tmp_path, webex.url)
+    for _ in range(2):
+        with contextlib.suppress(AssertionError):
+            relay.start()
+            relay.wait_for_log("is damaged", timeout_s=5)
+        if relay.process.poll() is None:
+            break
+    assert relay.post({"message": "after"}) == (200, {"status": "accepted"})
+    webex.wait_for(lambda: any("after" in text for text in webex.texts()))
+    assert relay.stop() == 0
+    (aside,) = path.parent.glob("alarmrelay.db.damaged-????-??-??-??????")
+    assert aside.read_bytes()[-500:] == damaged[-500:]
+    assert f"see {aside}" in relay.log()
+    assert "Traceback" not in relay.log()
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path):
+    fill(tmp_path / "state", 1)
+    path = tmp_path / "state" / "alarmrelay.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    before = path.read_bytes()
+    done = run(environment(tmp_path, "http://127.0.0.1:9/v1"))
+    assert done.returncode == 74
+    assert f"is of a newer alarmrelay, version {SCHEMA_VERSION + 1}: install that" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert path.read_bytes() == before
+
+
+def test_a_file_from_before_versions_is_taken_over(tmp_path, webex):
+    fill(tmp_path / "state", 3)
+    path = tmp_path / "state" / "alarmrelay.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 0")
+    with Relay(tmp_path, webex.url):
+        webex.wait_for(lambda: len(webex.messages) == 3)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
+def test_an_io_error_acknowledges_nothing_and_ends_the_process_with_74(tmp_path, webex, call):
+    relay = Relay(tmp_path, webex.url)
+    relay.start()
+    assert relay.post(numbered(1))[0] == 200
+    webex.wait_for(lambda: webex.messages)
+    relay.told("1 delivered")
+    inject = ["-e", f"trace={call}", "-e", f"inject={call}:error=EIO"]
+    command = ["strace", "-f", "-qq", *inject, "-o", "/dev/null", "-p", str(relay.process.pid)]
+    with subprocess.Popen(command) as tracer:
+        status_path = Path(f"/proc/{relay.process.pid}/status")
+        while f"TracerPid:\t{tracer.pid}" not in status_path.read_text():
+            assert tracer.poll() is None
+        status, answer = relay.post(numbered(2))
+        assert status == 503
+        assert "I/O error" in answer["error"]
+        assert relay.process.wait(20) == 74
+    assert "the spool cannot be read or written: disk I/O error" in relay.log()
+    relay.start()
+    assert relay.post(numbered(3))[0] == 200
+    webex.wait_for(lambda: 3 in numbers(webex))
+    assert relay.stop() == 0
+    # What was refused may stand in the file all the same: it is only not promised.
+    assert numbers(webex) in ([1, 3], [1, 2, 3])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to make a file system read-only")
+def test_a_read_only_file_system_is_an_error_that_names_the_directory(tmp_path, webex):
+    (tmp_path / "state").mkdir()
+    words = f'mount -t tmpfs -o ro tmpfs {tmp_path / "state"} && exec "$@"'
+    relay = Relay(tmp_path, webex.url)
+    command = ["unshare", "--mount", "sh", "-c", words, "sh", *relay.command]
+    done = subprocess.run(command, env=relay.environ, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 74
+    assert f"no spool can be opened in {tmp_path / 'state'}: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_hundred_thousand_waiting_alarms_do_not_hold_the_start(tmp_path, webex):
+    spool = Spool(tmp_path / "state")
+    alarms = [json.dumps(numbered(number)) for number in range(100_000)]
+    spool.store(Posted("/", b"many", int(time.time() * 1000), alarms))
+    spool.close()
+    webex.fault_for = lambda _: Fault(status=404)
+    with Relay(tmp_path, webex.url) as relay:
+        relay.told("100000 waiting")
+        webex.wait_for(lambda: webex.requests)
+        assert "number 0," in webex.requests[0]["content"]["markdown"]
