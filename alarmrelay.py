@@ -139,20 +139,18 @@ def load_tls(certificate: str, key: str) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
     context.options |= ssl.OP_NO_RENEGOTIATION
-    if not certificate or not key:
-        if not certificate and not key:
-            return None
-        name = "tls_key" if certificate else "tls_certificate"
-        raise ValueError(f"{name}: expected {PEM_FILE}, found nothing: export {name}=...")
+    for name, path, other in (("tls_certificate", certificate, key), ("tls_key", key, certificate)):
+        if other and not path:
+            raise ValueError(f"{name}: expected {PEM_FILE}, found nothing: export {name}=...")
     try:
-        context.load_cert_chain(certificate, key, password="")  # without one it would ask for it
+        if key:
+            context.load_cert_chain(certificate, key, password="")  # else it would ask for it
     except OSError as error:  # ssl.SSLError is one
-        reason = getattr(error, "reason", None) or error.strerror
-        expected = "the key of tls_certificate, both PEM, without pass phrase"
+        found = f"{getattr(error, 'reason', None) or error.strerror} in {certificate}, {key}"
         raise ValueError(
-            f"tls_key: expected {expected}, found {reason} in {certificate}, {key}"
+            f"tls_key: expected tls_certificate's key as PEM, found {found}"
         ) from error
-    return context
+    return context if key else None
 
 
 def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
@@ -359,8 +357,7 @@ class Spool:
         self._db = db
         ((version,),) = db.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
-            words = f"{self._path} is of a newer alarmrelay, version {version}"
-            raise RelayError(f"{words}: install that, or move the file aside")
+            raise RelayError(f"{self._path} is of a newer relay, version {version}: install that")
         db.executescript(SCHEMA)
         ((self._last_id,),) = db.execute("SELECT ifnull(max(id), 0) FROM alarm")
         ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
@@ -675,9 +672,7 @@ class Courier:
 ONCE = select.EPOLLIN | select.EPOLLONESHOT  # one event, until it is asked for the next
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-FIRST_LINE = re.compile(
-    rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN  # or absolute, 3.2.2
-)
+FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN)
 FIELD_LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % TOKEN)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
@@ -849,9 +844,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = "close" in map(str.strip, connection)
         is_1_0 = self.request_version == "HTTP/1.0"
         self.close_connection |= is_1_0
-        self.awaits_continue = (
-            not is_1_0 and self.headers.get("Expect", "").lower() == "100-continue"
-        )
+        expected = "" if is_1_0 else self.headers.get("Expect", "")
+        self.awaits_continue = expected.lower() == "100-continue"
         return True
 
     def read_line(self, form: re.Pattern[bytes]) -> re.Match[bytes] | None:
@@ -869,15 +863,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
         """Do what the request asks and return the answer; raise Refused."""
-        path = self.path
-        allowed = "GET" if path == "/healthz" else "POST"
-        if path != "/healthz":
+        allowed = "GET" if self.path == "/healthz" else "POST"
+        if self.path != "/healthz":
             self.authorise()
-        if path not in ("/healthz", *self.server.couriers):
+        if self.path not in ("/healthz", *self.server.couriers):
             raise Refused(404, "no room has this path: alarms are posted to /")
         if self.command != allowed:
             raise Refused(405, f"only {allowed} is answered here", Allow=allowed)
-        if path == "/healthz":
+        if self.path == "/healthz":
             self.server.spool.check()
             return {"status": "ok"}
         if not {"content-length", "transfer-encoding"} & {name.lower() for name in self.headers}:
@@ -893,7 +886,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
         # JSON can take thirty times its size: a storm of large bodies waits in line.
         with self.server.large if len(content) > BLOCK_BYTES else nullcontext():
-            return self.take(self.server.couriers[path], bytes(content))
+            return self.take(self.server.couriers[self.path], bytes(content))
 
     def authorise(self) -> None:
         """Raise Refused unless the request has the credentials (RFC 7617, section 2)."""
@@ -949,18 +942,13 @@ class Server:
         self._most = max(8, min(CONNECTIONS, files - SPARE_FILES))
         self._epoll, (self._awake, self._waker) = select.epoll(), os.pipe()
         self.stopping, self._accept_s, self._sweep_s = threading.Event(), 0.0, 0.0  # monotonic
-        host, port = settings["listen"]
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self.socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
-        self.socket.setblocking(False)
-        self._epoll.register(self.socket, 0)
-        self._epoll.register(self._awake, select.EPOLLIN)
 
-    def run(self) -> None:
+    def run(self, listener: socket.socket) -> None:
         """Accept connections until stop(), and have those served that say something."""
+        self.socket = listener
+        listener.setblocking(False)
+        self._epoll.register(listener, 0)
+        self._epoll.register(self._awake, select.EPOLLIN)
         while not self.stopping.is_set():
             with guard("the door", TICK_S):
                 self._step(TICK_S)
@@ -1068,11 +1056,10 @@ class Server:
     def _serve(self, connection: Connection) -> None:
         """Answer what a client has sent, and let it wait for its next request or hang up."""
         try:
-            if self._tls and not isinstance(connection.socket, ssl.SSLSocket):
-                connection.socket.settimeout(HEADER_S)  # for the whole handshake
-                connection.socket = self._tls.wrap_socket(
-                    connection.socket, server_side=True, do_handshake_on_connect=False
-                )
+            tls, plain = self._tls, connection.socket
+            if tls and not isinstance(plain, ssl.SSLSocket):
+                plain.settimeout(HEADER_S)  # for the whole handshake
+                connection.socket = tls.wrap_socket(plain, True, do_handshake_on_connect=False)
                 connection.socket.do_handshake()
                 connection.is_kept = True  # its request may come later
             else:
@@ -1107,11 +1094,31 @@ class LineFormatter(logging.Formatter):
         return f"<{priority}>{line}" if self._is_journal else line
 
 
-def notify(environ: Mapping[str, str], *lines: str) -> None:
-    """Tell systemd, where there is one, `READY=1`, `STATUS=…` or `STOPPING=1` (sd_notify(3))."""
+def notify(environ: Mapping[str, str], *lines: str, descriptors: Sequence[int] = ()) -> None:
+    """Tell systemd, where there is one, `READY=1`, `STATUS=…` and the like (sd_notify(3))."""
     with suppress(KeyError, OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        address = environ["NOTIFY_SOCKET"].replace("@", "\0", 1)  # unix(7)
-        systemd.sendto("\n".join(lines).encode(), address)
+        systemd.connect(environ["NOTIFY_SOCKET"].replace("@", "\0", 1))  # unix(7)
+        socket.send_fds(systemd, ["\n".join(lines).encode()], [*descriptors])
+
+
+def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
+    """Return the listening socket that systemd has kept for us, or a new one that it will keep.
+
+    Connections wait in it while the relay is restarted or has died (sd_listen_fds(3)).
+    """
+    if environ.get("LISTEN_PID") == str(os.getpid()) and environ.get("LISTEN_FDS") == "1":
+        kept = socket.socket(fileno=3)
+        if kept.getsockname()[:2] == (host, port or kept.getsockname()[1]):
+            return kept
+        kept.close()  # `listen` has changed
+        notify(environ, "FDSTOREREMOVE=1", "FDNAME=listen")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
+    notify(environ, "FDSTORE=1", "FDNAME=listen", descriptors=[listener.fileno()])
+    return listener
 
 
 # === Commands =====================================================================================
@@ -1133,12 +1140,12 @@ def serve(environ: Mapping[str, str]) -> None:
     spool = Spool(Path(environ.get("STATE_DIRECTORY", "").split(":")[0] or home))  # systemd.exec(5)
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
-    server = Server(settings, spool, courier)
+    server, listener = Server(settings, spool, courier), listen(environ, *settings["listen"])
     (delivery := threading.Thread(target=courier.run, name="courier", daemon=True)).start()
-    (accepting := threading.Thread(target=server.run, name="accept", daemon=True)).start()
+    (accepting := threading.Thread(target=server.run, args=[listener], daemon=True)).start()
     if not (settings["tls"] or ipaddress.ip_address(settings["listen"][0]).is_loopback):
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
-    where = f"listening on {settings['listen'][0]} port {server.socket.getsockname()[1]}"
+    where = f"listening on {settings['listen'][0]} port {listener.getsockname()[1]}"
     said, wait_s = "", 0.0
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
         counts = f"{spool.waiting} waiting, {spool.delivered} delivered"
@@ -1157,7 +1164,7 @@ def serve(environ: Mapping[str, str]) -> None:
     courier.arrived.set()
     server.stop()
     accepting.join(STOP_S)
-    server.socket.close()
+    listener.close()
     while (server.waiting or server.served) and time.monotonic() < deadline:
         time.sleep(0.02)
     delivery.join(max(0.0, deadline - time.monotonic()))

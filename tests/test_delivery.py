@@ -372,7 +372,7 @@ def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, we
 
 
 def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, webex, monkeypatch):
-    monkeypatch.setattr(alarmrelay, "CONNECT_S", 1.0)
+    monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.5)
     client = Webex(webex.url, TOKEN, timeout_s=0.2)
     assert client.post_message({"roomId": ROOM, "markdown": "x"})[0] == 0
     assert_no_request_stays_behind(client)

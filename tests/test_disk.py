@@ -184,7 +184,7 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path):
     before = path.read_bytes()
     done = run(environment(tmp_path, "http://127.0.0.1:9/v1"))
     assert done.returncode == 74
-    assert f"is of a newer alarmrelay, version {SCHEMA_VERSION + 1}: install that" in done.stderr
+    assert f"is of a newer relay, version {SCHEMA_VERSION + 1}: install that" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert path.read_bytes() == before
 

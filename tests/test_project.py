@@ -84,6 +84,7 @@ def test_only_what_belongs_stands_at_the_top_level():
         "Restart=always",
         "RestartPreventExitStatus=78",
         "StartLimitIntervalSec=0",
+        "FileDescriptorStoreMax=1",
         f"LimitNOFILE={CONNECTIONS + 64}",
         "ExecStart=/usr/bin/python3 /usr/local/bin/alarmrelay.py",
     ],

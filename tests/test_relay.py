@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PASSWORD, PAYLOADS, PROGRAM, Relay, basic
+from harness import PASSWORD, PAYLOADS, PROGRAM, Client, Relay, basic, head
 from webex_standin import TOKEN, Fault, WebexStandIn
 
 from alarmrelay import Posted, Spool
@@ -120,7 +120,7 @@ def test_a_webex_that_echoes_the_token_puts_it_neither_in_the_log_nor_in_the_sta
 def test_under_the_journal_lines_carry_their_priority_and_no_time(tmp_path, webex):
     script = 'import os,sys; s=os.fstat(2); os.environ["JOURNAL_STREAM"]=f"{s.st_dev}:{s.st_ino}"'
     script += "; os.execv(sys.argv[1], sys.argv[1:])"
-    relay = Relay(tmp_path, webex.url)
+    relay = Relay(tmp_path, webex.url, {"RETRY_S": 0.1, "TICK_S": 0.1})
     relay.command[:0] = [relay.command[0], "-c", script]
     webex.faults.extend([Fault(status=503), Fault(status=403)])
     with relay:
@@ -209,7 +209,7 @@ def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
     relay.told("STOPPING=1")
     wait_until_nothing_listens(relay)
     with pytest.raises(subprocess.TimeoutExpired):
-        relay.process.wait(1)  # it waits for us
+        relay.process.wait(0.5)  # it waits for us
     busy.send(body[10:])
     assert busy.getresponse().status == 200
     assert relay.process.wait(20) == 0
@@ -236,7 +236,7 @@ def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex
         wait_until_nothing_listens(relay)
         slow.close()
         with pytest.raises(subprocess.TimeoutExpired):
-            relay.process.wait(1)  # it waits for Webex
+            relay.process.wait(0.5)  # it waits for Webex
         release.set()
         assert relay.process.wait(20) == 0
     assert len(webex.requests) == 1
@@ -259,8 +259,88 @@ def test_systemd_is_told_at_a_path_as_well(tmp_path, webex):
         relay = Relay(tmp_path, webex.url)
         environ = {**relay.environ, "NOTIFY_SOCKET": path}
         with subprocess.Popen(relay.command, env=environ, stderr=subprocess.DEVNULL) as process:
-            assert systemd.recv(1000) == b"READY=1"
-            process.terminate()
+            try:
+                assert systemd.recv(1000) == b"FDSTORE=1\nFDNAME=listen"
+                assert systemd.recv(1000) == b"READY=1"
+            finally:
+                process.terminate()
+
+
+class Systemd:
+    """Keeps the listening socket that the relay hands over, and starts the relay with it."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(path)
+        self.socket.settimeout(20)
+        self.kept: list[int] = []
+        self.told: list[str] = []
+
+    def start(self, relay: Relay) -> subprocess.Popen[bytes]:
+        """Start the relay and wait until it is ready."""
+        words = 'export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=listen; exec "$@" 3<&"$KEPT"'
+        prefix = ["bash", "-c", words, "bash"] if self.kept else []
+        environ = {**relay.environ, "NOTIFY_SOCKET": self.socket.getsockname()}
+        environ["KEPT"] = str(self.kept[0]) if self.kept else ""
+        with relay.log_path.open("ab") as log:
+            process = subprocess.Popen(
+                [*prefix, *relay.command], env=environ, stderr=log, pass_fds=self.kept
+            )
+        while not self.told or self.told[-1] != "READY=1":
+            text, descriptors, _, _ = socket.recv_fds(self.socket, 1000, 4)
+            self.told.append(text.decode())
+            if text == b"FDSTOREREMOVE=1\nFDNAME=listen":
+                os.close(self.kept.pop())
+            self.kept += descriptors
+        self.told.append("")
+        return process
+
+    def close(self) -> None:
+        self.socket.close()
+        for descriptor in self.kept:
+            os.close(descriptor)
+
+
+def test_connections_wait_in_the_kept_socket_while_the_relay_is_away(tmp_path, webex):
+    systemd, relay = Systemd(str(tmp_path / "notify")), Relay(tmp_path, webex.url)
+    process = systemd.start(relay)
+    assert len(systemd.kept) == 1
+    with socket.socket(fileno=os.dup(systemd.kept[0])) as kept:
+        relay.port = kept.getsockname()[1]
+    for number, end in enumerate([signal.SIGTERM, signal.SIGKILL] * 2):
+        process.send_signal(end)
+        assert process.wait(20) == (0 if end == signal.SIGTERM else -9)
+        with Client(relay) as client:  # is not refused
+            body = json.dumps(numbered(number)).encode()
+            client.send(head(Content_Length=len(body)), body)
+            process = systemd.start(relay)
+            assert client.answer()[0] == 200
+    assert len(systemd.kept) == 1  # and handed over once
+    webex.wait_for(lambda: set(numbers(webex)) == {0, 1, 2, 3})
+    process.terminate()
+    assert process.wait(20) == 0
+    systemd.close()
+    assert "Traceback" not in relay.log()
+    assert "Warning" not in relay.log()
+
+
+def test_another_listen_setting_gets_another_socket(tmp_path, webex):
+    systemd, relay = Systemd(str(tmp_path / "notify")), Relay(tmp_path, webex.url)
+    process = systemd.start(relay)
+    process.terminate()
+    assert process.wait(20) == 0
+    relay.environ["listen"] = "127.0.0.5:0"
+    process = systemd.start(relay)
+    assert "FDSTOREREMOVE=1\nFDNAME=listen" in systemd.told
+    with socket.socket(fileno=os.dup(systemd.kept[0])) as kept:
+        host, port = kept.getsockname()
+        assert host == "127.0.0.5"
+        with socket.create_connection((host, port), 20) as client:
+            client.sendall(head("GET /healthz HTTP/1.1", None))
+            assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+    process.terminate()
+    assert process.wait(20) == 0
+    systemd.close()
 
 
 def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
@@ -316,7 +396,7 @@ def test_a_client_that_says_nothing_does_not_keep_the_relay_from_stopping(tmp_pa
 def test_an_fsync_stands_before_every_answer_and_each_is_one_write(tmp_path, webex):
     trace = tmp_path / "trace"
     calls = "trace=fsync,fdatasync,sendto,write"
-    relay = Relay(tmp_path, webex.url, {})
+    relay = Relay(tmp_path, webex.url)
     webex.fault_for = lambda _: Fault(status=401)  # so that only posts are written
     relay.start("strace", "-D", "-f", "-qq", "-s", "40", "-e", calls, "-o", str(trace))
     for number in range(20):
