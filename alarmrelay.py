@@ -579,11 +579,15 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
         def _dial(address: tuple[str, int], *_: object) -> socket.socket:
             wire = socket.create_connection(address, CONNECT_S)
-            if time.monotonic() > late_s:  # nobody waits: the message would stand there twice
-                wire.close()
-                raise TimeoutError("too late to send the message")
+            try:
+                wires.append(wire.dup())  # the same connection, whatever TLS makes of the socket
+                if time.monotonic() > late_s:  # nobody waits: the message would stand there twice
+                    raise TimeoutError("too late to send the message")
+            except OSError:
+                for one in (wire, *wires):
+                    one.close()
+                raise
             wire.settimeout(REQUEST_S)
-            wires.append(wire.dup())  # the same connection, whatever TLS makes of the socket
             return wire
 
         secure = {"context": self._tls} if self._url.startswith("https:") else {}
@@ -841,9 +845,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(self.headers) > FIELDS:
                 raise Refused(431, f"a header has {FIELDS} fields at most", Connection="close")
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.close_connection = "close" in map(str.strip, connection)
         is_1_0 = self.request_version == "HTTP/1.0"
-        self.close_connection |= is_1_0
+        self.close_connection = is_1_0 or "close" in map(str.strip, connection)
         expected = "" if is_1_0 else self.headers.get("Expect", "")
         self.awaits_continue = expected.lower() == "100-continue"
         return True
@@ -974,16 +977,15 @@ class Server:
             self._hang_up_on(lambda c: now_s - c.since_s > (IDLE_S if c.is_trusted else HEADER_S))
         if self.socket.fileno() in events:  # the last, since it may make others give way
             self._accept(now_s)
-        following = None
+        following: Any = None
         try:
             while following := self._next():
                 threading.Thread(target=self._work, args=[following], daemon=True).start()
         except (RuntimeError, MemoryError) as error:  # the host has no more threads for us
-            if following:
-                log.warning("%s waits for a thread: %s", following.address, error)
-                with self._lock:
-                    self.waiting.insert(0, following)
-                    self.served[following.group] -= 1
+            log.warning("%s waits for a thread: %s", following.address, error)
+            with self._lock:
+                self.waiting.insert(0, following)
+                self.served[following.group] -= 1
             time.sleep(TICK_S)
 
     def _accept(self, now_s: float) -> None:
@@ -1016,8 +1018,7 @@ class Server:
                 slow = [c for c in sorted(slow, key=lambda c: c.since_s) if c.group == group][
                     :BATCH
                 ]
-                words = "%d connections of %s give way, no whole request in %g s"
-                log.warning(words, len(slow), slow[0].address, TICK_S)
+                log.warning("%d slow connections of %s give way", len(slow), slow[0].address)
                 self.waiting = [c for c in self.waiting if c not in slow]
                 for connection in slow:
                     self._silent.pop(connection.socket.fileno(), None)

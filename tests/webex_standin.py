@@ -137,6 +137,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def finish(self) -> None:
+        for stream in (self.wfile, self.rfile):
+            with contextlib.suppress(OSError):  # the relay was killed, or the connection reset
+                stream.close()
+
     def do_GET(self) -> None:
         standin = self.server.standin
         standin.next_fault(self.noted(None))
