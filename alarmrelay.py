@@ -938,7 +938,7 @@ class Server:
         self._tls: ssl.SSLContext | None = settings["tls"]
         self.known = set[bytes]()  # groups that have shown credentials
         self.large, self._lock = threading.Lock(), threading.Lock()  # which guards the three below
-        self._silent: dict[int, Connection] = {}  # in epoll, by descriptor, the longest first
+        self._silent: dict[int, Connection] = {}  # in epoll, by descriptor
         self.waiting: list[Connection] = []  # for a thread
         self.served = collections.Counter[bytes]()  # by a thread, by group
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1011,13 +1011,11 @@ class Server:
     def _make_room(self, now_s: float) -> bool:
         """Hang up on the slowest of the group that has most of them; return whether there were."""
         with self._lock:
-            every = [*self._silent.values(), *self.waiting]
+            every = sorted([*self._silent.values(), *self.waiting], key=lambda c: c.since_s)
             slow = [c for c in every if not c.is_trusted and now_s - c.since_s > TICK_S]
             if slow:
                 ((group, _),) = collections.Counter(c.group for c in slow).most_common(1)
-                slow = [c for c in sorted(slow, key=lambda c: c.since_s) if c.group == group][
-                    :BATCH
-                ]
+                slow = [c for c in slow if c.group == group][:BATCH]
                 log.warning("%d slow connections of %s give way", len(slow), slow[0].address)
                 self.waiting = [c for c in self.waiting if c not in slow]
                 for connection in slow:
