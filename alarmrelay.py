@@ -955,11 +955,16 @@ class Server:
         while not self.stopping.is_set():
             with guard("the door", TICK_S):
                 self._step(TICK_S)
-        self._step(0.0)  # what clients have sent before the stop is still answered
+        listener.close()
+        is_idle = False
+        while not is_idle:  # what clients have sent is still answered, also on kept connections
+            is_idle = not (self.waiting or self.served)
+            self._step(0.0 if is_idle else 0.02)
+            is_idle = is_idle and not (self.waiting or self.served)
         self._hang_up_on(lambda _: True)
 
     def stop(self) -> None:
-        """Let run() end at once; then wait until nothing is waiting or served."""
+        """Let run() end once nothing is waiting or served any more."""
         self.stopping.set()
         os.close(self._waker)
 
@@ -1066,8 +1071,7 @@ class Server:
         except OSError as error:
             log.warning("%s is gone unanswered: %s", connection.address, error)
         with self._lock:
-            is_kept = connection.is_kept and not self.stopping.is_set()
-            connection.since_s = time.monotonic()
+            is_kept, connection.since_s = connection.is_kept, time.monotonic()
             if is_kept and (connection.rfile or getattr(connection.socket, "pending", int)()):
                 self.waiting.append(connection)  # what has left the kernel does not wake epoll
             elif is_kept:
@@ -1163,9 +1167,6 @@ def serve(environ: Mapping[str, str]) -> None:
     courier.arrived.set()
     server.stop()
     accepting.join(STOP_S)
-    listener.close()
-    while (server.waiting or server.served) and time.monotonic() < deadline:
-        time.sleep(0.02)
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:
         raise RelayError(str(spool.error))
