@@ -58,9 +58,10 @@ ALARMS = 1000  # in one request; vManage sends them one by one
 BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time, and of a refused body at the most
 HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header; for a body, which has credentials
 IDLE_S = 75.0  # between the requests of a connection that has shown credentials; else HEADER_S
-BACKLOG, BATCH = 1024, 64  # connections that the kernel keeps; that are accepted at once
-KEEP_S, LINGER_S = 0.1, 2.0  # a thread waits for one more request; for a client to hang up
-CONNECTIONS, THREADS = 4096, 64  # at once; only a request under way has a thread
+BACKLOG, CONNECTIONS = 1024, 1024  # that the kernel keeps; that are open, each with its thread
+GUESS_S = 1.0  # between the second and each further request without credentials on a connection
+GIVE_WAY = 64  # slow ones hung up on at once, where there is no place for new ones
+GRACE_S, LINGER_S = 0.2, 2.0  # a stop waits for requests on their way, an end for its client
 SPARE_FILES = 40  # descriptors left for the spool, Webex and name lookups
 DELAYED_MS = 300_000  # older when it is delivered, an alarm is old news
 DUPLICATE_MS = 600_000  # sooner, the same bytes are a sender's retry
@@ -670,10 +671,9 @@ class Courier:
 
 
 # === HTTP =========================================================================================
-# A connection waits in epoll until its client has sent something, and only then gets a thread. What
-# could be read in two ways is refused, since programs differ in how they read it: so are requests
-# smuggled. Each part of a request has a deadline and a bound as a whole.
-ONCE = select.EPOLLIN | select.EPOLLONESHOT  # one event, until it is asked for the next
+# Each connection has a thread of its own. What could be read in two ways is refused, since programs
+# differ in how they read it: so are requests smuggled. Each part of a request has a deadline and a
+# bound as a whole.
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN)
@@ -684,8 +684,10 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]
 class Wire(io.RawIOBase):
     """A connection's bytes for a BufferedReader, until deadline_s (monotonic) and no longer."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self.deadline_s, self.received = connection, 0.0, 0
+    def __init__(self, connection: socket.socket, stop: int = -1) -> None:
+        self._connection, self._stop = connection, stop  # a pipe's end, which hangs up at a stop
+        self.deadline_s, self.received = 0.0, 0
+        self.is_idle = False  # between two requests, where all may end
 
     def readable(self) -> bool:
         return True
@@ -694,6 +696,8 @@ class Wire(io.RawIOBase):
         """Read what is there, or wait for it; raise Refused at the deadline."""
         # A socket's own time-out begins anew with each recv(): who drips would never be late.
         left_s = self.deadline_s - time.monotonic()
+        if self.is_idle and not self._is_spoken_to(left_s):
+            return 0
         with suppress(socket.timeout):
             if left_s > 0:
                 self._connection.settimeout(left_s)
@@ -702,20 +706,27 @@ class Wire(io.RawIOBase):
                 return count
         raise Refused(408, "the request came too slowly", Connection="close")
 
+    def _is_spoken_to(self, wait_s: float) -> bool:
+        if getattr(self._connection, "pending", int)():  # what TLS has read wakes nobody
+            return True
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        poll.register(self._stop, 0)
+        events = dict(poll.poll(wait_s * 1000))
+        if self._stop in events:  # what is on its way is still answered
+            poll.unregister(self._stop)
+            events = dict(poll.poll(GRACE_S * 1000))
+        return self._connection.fileno() in events
+
 
 @dataclass(eq=False)
 class Connection:
     socket: socket.socket  # TLS once hands are shaken
     address: str
-    since_s: float  # monotonic; it has been silent, or waits for a thread, since then
+    since_s: float  # monotonic; a request is awaited since then
     is_trusted: bool = False  # has shown credentials
-    is_kept: bool = False  # is to stay for its next request
     is_amid: bool = True  # a handshake or a request: its client may go on sending
-    rfile: io.BufferedReader | None = None  # has that request already
-
-    def __post_init__(self) -> None:
-        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
-        self.group = socket.inet_pton(family, self.address)[:8]  # an IPv4 address or an IPv6 /64
+    is_in_the_way: bool = False  # too slow where others need the place
 
     def end(self) -> None:
         """Close the connection so that its client can read the last answer."""
@@ -774,41 +785,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
     headers: http.client.HTTPMessage
 
     def setup(self) -> None:
-        """Make ready to read; a handler lives as long as its connection has a thread."""
+        """Make ready to read."""
         self.connection = self.request.socket
-        self.rfile = self.request.rfile or io.BufferedReader(Wire(self.connection))
-        self.wire: Wire = self.rfile.raw  # type: ignore[assignment]
-        # Who had to wait for a thread may have spent all of its time.
-        now_s = time.monotonic()
-        self.wire.deadline_s = max(self.request.since_s + HEADER_S, now_s + LINGER_S)
-        self.request.is_kept, self.request.rfile = False, None
+        self.wire = Wire(self.connection, self.server.stop_pipe)
+        self.rfile = io.BufferedReader(self.wire)
 
     def finish(self) -> None:
-        pass  # the connection may stay
+        pass  # the connection has its own end
 
     def handle(self) -> None:
-        """Answer requests as long as one follows the other at once."""
-        while True:
-            self.handle_one_request()
-            if self.close_connection:
+        """Answer one request after the other."""
+        self.close_connection, pause_s = False, 0.0
+        while not self.close_connection:
+            self.request.since_s, self.request.is_amid = time.monotonic(), False
+            self.wire.is_idle = True
+            self.wire.deadline_s = self.request.since_s
+            self.wire.deadline_s += IDLE_S if self.request.is_trusted else HEADER_S
+            if not self.rfile.peek(1):
                 return
-            # It keeps the thread for a moment, unless others wait for one: they are next.
-            self.wire.deadline_s = time.monotonic() + (0.001 if self.server.waiting else KEEP_S)
-            try:
-                if not self.rfile.peek(1):
-                    return
-            except (OSError, Refused):
-                self.request.is_kept = True
-                return
-            if self.server.waiting:
-                self.request.is_kept, self.request.rfile = True, self.rfile
-                return
+            self.wire.is_idle, self.request.is_amid = False, True
             self.wire.deadline_s = time.monotonic() + HEADER_S
+            self.handle_one_request()
+            if not self.request.is_trusted:  # the first is free, since some are asked for them
+                self.server.stopping.wait(pause_s)
+                pause_s = GUESS_S
 
     def handle_one_request(self) -> None:
         """Answer; the connection stays if it is certain where the next request begins."""
         self.command, self.close_connection, self.awaits_continue = "", True, False
-        self.request.is_amid, is_lost, body = True, False, iter(list[bytes]())
+        is_lost, body = False, iter(list[bytes]())
         try:
             if not self.parse_request():
                 return
@@ -832,10 +837,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Read the header; return False if the client has left without a word; raise Refused."""
         self.headers, self.left_bytes = http.client.HTTPMessage(), HEADER_BYTES
-        if (start := self.rfile.peek(1)[:1]) == b"\x16":  # a handshake; RFC 8446, 5.1
+        if self.rfile.peek(1)[:1] == b"\x16":  # a handshake; RFC 8446, 5.1
             words = "this is TLS: the URL must begin with http://, or set tls_certificate"
             raise Refused(400, words, Connection="close")
-        self.request.is_amid = bool(start)
         if not (first := self.read_line(FIRST_LINE) or self.read_line(FIRST_LINE)):
             return False
         self.command, path, self.request_version = (part.decode() for part in first.groups())
@@ -899,7 +903,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not hmac.compare_digest(given, self.server.credentials) or scheme.lower() != "basic":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
         self.request.is_trusted = True
-        self.server.known.add(self.request.group)
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
@@ -936,149 +939,92 @@ class Server:
         self.credentials = hashlib.sha256(base64.b64encode(credentials)).digest()
         self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
         self._tls: ssl.SSLContext | None = settings["tls"]
-        self.known = set[bytes]()  # groups that have shown credentials
-        self.large, self._lock = threading.Lock(), threading.Lock()  # which guards the three below
-        self._silent: dict[int, Connection] = {}  # in epoll, by descriptor
-        self.waiting: list[Connection] = []  # for a thread
-        self.served = collections.Counter[bytes]()  # by a thread, by group
+        self.large = threading.Lock()  # whoever holds it may read a large body's JSON
+        self._connections = set[Connection]()
+        self._ended = threading.Condition()  # guards the connections
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = max(8, min(CONNECTIONS, files - SPARE_FILES))
-        self._epoll, (self._awake, self._waker) = select.epoll(), os.pipe()
-        self.stopping, self._accept_s, self._sweep_s = threading.Event(), 0.0, 0.0  # monotonic
+        self.stopping, (self.stop_pipe, self._pipe) = threading.Event(), os.pipe()
 
     def run(self, listener: socket.socket) -> None:
-        """Accept connections until stop(), and have those served that say something."""
-        self.socket = listener
+        """Accept connections until stop(), and return when the last of them has ended."""
         listener.setblocking(False)
-        self._epoll.register(listener, 0)
-        self._epoll.register(self._awake, select.EPOLLIN)
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(self.stop_pipe, 0)
         while not self.stopping.is_set():
             with guard("the door", TICK_S):
-                self._step(TICK_S)
+                if (taken := len(self._connections)) >= self._most:
+                    self._make_room(taken, f"all {taken} are taken")
+                elif poll.poll(TICK_S * 1000):
+                    self._accept(listener)
         listener.close()
-        is_idle = False
-        while not is_idle:  # what clients have sent is still answered, also on kept connections
-            is_idle = not (self.waiting or self.served)
-            self._step(0.0 if is_idle else 0.02)
-            is_idle = is_idle and not (self.waiting or self.served)
-        self._hang_up_on(lambda _: True)
+        with self._ended:
+            self._ended.wait_for(lambda: not self._connections)
 
     def stop(self) -> None:
-        """Let run() end once nothing is waiting or served any more."""
+        """Let run() end once all that has been sent is answered."""
         self.stopping.set()
-        os.close(self._waker)
+        os.close(self._pipe)
 
-    def _step(self, wait_s: float) -> None:
-        if time.monotonic() >= self._accept_s and not self.stopping.is_set():
-            self._epoll.modify(self.socket, ONCE)
-        events = {descriptor for descriptor, _ in self._epoll.poll(wait_s, CONNECTIONS + 2)}
-        now_s = time.monotonic()
-        with self._lock:
-            for descriptor in events & self._silent.keys():
-                self.waiting.append(self._silent.pop(descriptor))
-                self.waiting[-1].since_s = now_s
-        if now_s >= self._sweep_s:
-            self._sweep_s = now_s + TICK_S
-            self._hang_up_on(lambda c: now_s - c.since_s > (IDLE_S if c.is_trusted else HEADER_S))
-        if self.socket.fileno() in events:  # the last, since it may make others give way
-            self._accept(now_s)
-        following: Any = None
-        try:
-            while following := self._next():
-                threading.Thread(target=self._work, args=[following], daemon=True).start()
-        except (RuntimeError, MemoryError) as error:  # the host has no more threads for us
-            log.warning("%s waits for a thread: %s", following.address, error)
-            with self._lock:
-                self.waiting.insert(0, following)
-                self.served[following.group] -= 1
-            time.sleep(TICK_S)
-
-    def _accept(self, now_s: float) -> None:
-        """Let new connections wait; where there is no place, some slow ones make it."""
-        with self._lock:
-            taken = len(self._silent) + len(self.waiting) + sum(self.served.values())
-        try:
-            for number in range(taken, taken + BATCH):
-                if number >= self._most:
-                    raise OSError(f"all {number} are taken")
-                client, (host, *_) = self.socket.accept()
-                host = host.removeprefix("::ffff:")  # IPv4, RFC 4291, 2.5.5.2
-                with self._lock:
-                    self._silent[client.fileno()] = Connection(client, host, now_s)
-                self._epoll.register(client, ONCE)
-        except BlockingIOError:
-            pass  # that were all
-        except OSError as error:  # or the host has no more descriptors or memory
-            if not self._make_room(now_s):
-                log.warning("no connection can be accepted for %g s: %s", TICK_S, error)
-                self._accept_s = now_s + TICK_S
-
-    def _make_room(self, now_s: float) -> bool:
-        """Hang up on the slowest of the group that has most of them; return whether there were."""
-        with self._lock:
-            every = sorted([*self._silent.values(), *self.waiting], key=lambda c: c.since_s)
-            slow = [c for c in every if not c.is_trusted and now_s - c.since_s > TICK_S]
+    def _make_room(self, taken: int, reason: str) -> None:
+        """Hang up on the slowest of the address that has most of them; wait for a place."""
+        before_s = time.monotonic() - TICK_S
+        with self._ended:
+            every = (c for c in self._connections if not (c.is_trusted or c.is_in_the_way))
+            slow = [connection for connection in every if connection.since_s < before_s]
             if slow:
-                ((group, _),) = collections.Counter(c.group for c in slow).most_common(1)
-                slow = [c for c in slow if c.group == group][:BATCH]
-                log.warning("%d slow connections of %s give way", len(slow), slow[0].address)
-                self.waiting = [c for c in self.waiting if c not in slow]
-                for connection in slow:
-                    self._silent.pop(connection.socket.fileno(), None)
-                    connection.socket.close()
-        return bool(slow)
+                ((address, _),) = collections.Counter(c.address for c in slow).most_common(1)
+                slow = [c for c in slow if c.address == address]
+                slow = sorted(slow, key=lambda c: c.since_s)[:GIVE_WAY]
+                log.warning("%d slow connections of %s give way", len(slow), address)
+            for connection in slow:
+                connection.is_in_the_way = True
+                with suppress(OSError):  # what has come in is still read; TLS has no say in this
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RD)
+            if not self._ended.wait_for(lambda: len(self._connections) < taken, TICK_S):
+                log.warning("no connection can be accepted for %g s: %s", TICK_S, reason)
 
-    def _hang_up_on(self, is_meant: Callable[[Connection], bool]) -> None:
-        with self._lock:
-            for connection in filter(is_meant, [*self._silent.values()]):
-                del self._silent[connection.socket.fileno()]
-                connection.socket.close()
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, (host, *_) = listener.accept()
+        except BlockingIOError:
+            return  # its client is gone again, or it is time to stop
+        except OSError as error:  # the host has no more descriptors or memory
+            self._make_room(len(self._connections), str(error))
+            return
+        host = host.removeprefix("::ffff:")  # IPv4, RFC 4291, 2.5.5.2
+        connection = Connection(client, host, time.monotonic())
+        with self._ended:
+            self._connections.add(connection)
+        while not self._start(connection):
+            self.stopping.wait(TICK_S)
 
-    def _next(self) -> Connection | None:
-        """Take the first connection whose group has fewer threads than are left for others.
-
-        A quarter of them is for those that have shown credentials: nobody else can take it.
-        """
-        with self._lock:
-            left = THREADS - sum(self.served.values())
-            for number, connection in enumerate(self.waiting):
-                spare = 0 if connection.group in self.known else THREADS // 4
-                if self.served[connection.group] < left - spare:
-                    self.served[connection.group] += 1
-                    return self.waiting.pop(number)
-        return None
-
-    def _work(self, connection: Connection | None) -> None:
-        while connection:
-            with guard(connection.address):
-                self._serve(connection)
-            with self._lock:
-                self.served[connection.group] -= 1
-                self.served += collections.Counter()  # forgets those at zero
-            connection = self._next()
+    def _start(self, connection: Connection) -> bool:
+        try:
+            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+        except (RuntimeError, MemoryError) as error:  # the host has no more threads for us
+            log.warning("%s waits for a thread: %s", connection.address, error)
+            return False
+        return True
 
     def _serve(self, connection: Connection) -> None:
-        """Answer what a client has sent, and let it wait for its next request or hang up."""
-        try:
-            tls, plain = self._tls, connection.socket
-            if tls and not isinstance(plain, ssl.SSLSocket):
-                plain.settimeout(HEADER_S)  # for the whole handshake
-                connection.socket = tls.wrap_socket(plain, True, do_handshake_on_connect=False)
-                connection.socket.do_handshake()
-                connection.is_kept = True  # its request may come later
-            else:
+        with guard(connection.address):
+            try:
+                if self._tls:
+                    connection.socket.settimeout(HEADER_S)  # for the whole handshake
+                    connection.socket = self._tls.wrap_socket(
+                        connection.socket, server_side=True, do_handshake_on_connect=False
+                    )
+                    connection.socket.do_handshake()
                 Handler(connection, (connection.address, 0), self)  # type: ignore[arg-type]
-        except OSError as error:
-            log.warning("%s is gone unanswered: %s", connection.address, error)
-        with self._lock:
-            is_kept, connection.since_s = connection.is_kept, time.monotonic()
-            if is_kept and (connection.rfile or getattr(connection.socket, "pending", int)()):
-                self.waiting.append(connection)  # what has left the kernel does not wake epoll
-            elif is_kept:
-                self._silent[connection.socket.fileno()] = connection
-                self._epoll.modify(connection.socket, ONCE)
-        if not is_kept:
+            except OSError as error:
+                if not connection.is_in_the_way:  # which has been said
+                    log.warning("%s is gone unanswered: %s", connection.address, error)
             connection.end()
+        with self._ended:
+            self._connections.remove(connection)
+            self._ended.notify_all()
 
 
 # === systemd ======================================================================================
