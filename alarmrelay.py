@@ -17,7 +17,6 @@ import collections
 import concurrent.futures
 import email.utils
 import hashlib
-import hmac
 import html
 import http.client
 import http.server
@@ -26,19 +25,22 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
-import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,16 +55,13 @@ log = logging.getLogger("alarmrelay")
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
 HEADER_BYTES, FIELDS = 2**18, 100  # of a request; a password may have 100 KB
-BODY_BYTES = 4 * 2**20  # of a request; the largest alarm recorded has 8 KB, a big site's have more
-ALARMS = 1000  # in one request; vManage sends them one by one
-BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time, and of a refused body at the most
+BODY_BYTES, ALARMS = 4 * 2**20, 1000  # of a request; vManage sends one of 8 KB or less
+BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time; of a refused body at the most
 HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header; for a body, which has credentials
 IDLE_S = 75.0  # between the requests of a connection that has shown credentials; else HEADER_S
-BACKLOG, CONNECTIONS = 1024, 1024  # that the kernel keeps; that are open, each with its thread
-GUESS_S = 1.0  # between the second and each further request without credentials on a connection
-GIVE_WAY = 64  # slow ones hung up on at once, where there is no place for new ones
+BACKLOG, CONNECTIONS, SPARE_FILES = 1024, 1024, 40  # that the kernel keeps; open; for all else
+GUESS_S, STALL_S = 1.0, 15.0  # between requests without credentials; silent, a thread is stuck
 GRACE_S, LINGER_S = 0.2, 2.0  # a stop waits for requests on their way, an end for its client
-SPARE_FILES = 40  # descriptors left for the spool, Webex and name lookups
 DELAYED_MS = 300_000  # older when it is delivered, an alarm is old news
 DUPLICATE_MS = 600_000  # sooner, the same bytes are a sender's retry
 WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
@@ -92,13 +91,6 @@ class Refused(RelayError):
         self.status, self.headers = status, headers
 
 
-class SpoolFull(Refused):
-    """The spool has no room now, and will have some again."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(503, text, **{"Retry-After": "30"})
-
-
 # === Settings =====================================================================================
 def parse_listen(text: str) -> tuple[str, int]:
     """Return address and port of `0.0.0.0:5001` or `[::]:5001`; raise ValueError or IndexError."""
@@ -106,18 +98,7 @@ def parse_listen(text: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(host.strip("[]"))), range(65536)[int(port)]
 
 
-def open_file(path: str) -> str:
-    """Return the path if there is none or its file can be read; raise OSError."""
-    if path:
-        open(path, "rb").close()
-    return path
-
-
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
-PEM, PEM_FILE = (
-    f"({LINE})?",
-    "a PEM file that the relay's user can read, the key without pass phrase",
-)
 HOST = r"(https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])|http://(localhost|127\.[0-9.]+|\[::1\]))"
 URL = HOST + r"(:[0-9]{1,5})?(/[!\"$->A-~]*)?"  # visible ASCII without ?, # and @
 # name: default ("" where required), form, type, what is expected. The README has the same table.
@@ -127,36 +108,28 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
     "webhook_username": ("", f"(?!.*:){LINE}", str, "a name for vManage, without a colon"),
     "webhook_password": ("", LINE, str, "a password for vManage, in one line"),
     "listen": ("0.0.0.0:5001", r"([0-9.]+|\[.+\]):[0-9]{1,5}", parse_listen, "address:port"),
-    "tls_certificate": ("", PEM, open_file, PEM_FILE),
-    "tls_key": ("", PEM, open_file, PEM_FILE),
+    "tls_certificate": ("", f"({LINE})?", str, "a PEM file, to serve https"),
+    "tls_key": ("", f"({LINE})?", str, "a PEM file, the certificate's key without pass phrase"),
     "time_zone": ("Europe/Madrid", WORD, zoneinfo.ZoneInfo, "an IANA name, as Europe/Madrid"),
     "webex_url": ("https://webexapis.com/v1", URL, str, "https, or http to a loopback address"),
     "retention_days": ("30", "[1-9][0-9]{0,4}", int, "a number of days from 1 to 99999"),
 }
 
 
-def load_tls(certificate: str, key: str) -> ssl.SSLContext | None:
-    """Return what https is served with, None if neither file is set; raise ValueError."""
+def load_tls(certificate: str, key: str) -> ssl.SSLContext:
+    """Return what https is served with, from these PEM files; raise OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
     context.options |= ssl.OP_NO_RENEGOTIATION
-    for name, path, other in (("tls_certificate", certificate, key), ("tls_key", key, certificate)):
-        if other and not path:
-            raise ValueError(f"{name}: expected {PEM_FILE}, found nothing: export {name}=...")
-    try:
-        if key:
-            context.load_cert_chain(certificate, key, password="")  # else it would ask for it
-    except OSError as error:  # ssl.SSLError is one
-        found = f"{getattr(error, 'reason', None) or error.strerror} in {certificate}, {key}"
-        raise ValueError(
-            f"tls_key: expected tls_certificate's key as PEM, found {found}"
-        ) from error
-    return context if key else None
+    context.load_cert_chain(certificate, key, password="")  # else it would ask for it
+    return context
 
 
 def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
     """Return settings by name; raise RelayError with a line for each that is missing or wrong."""
-    settings: dict[str, Any] = {}
+    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    state = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd.exec(5)
+    settings: dict[str, Any] = {"state": Path(state or f"{home}/alarmrelay")}
     problems = []
     for name in names:
         default, form, parse, expected = SETTINGS[name]
@@ -177,10 +150,13 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
         found = found if text else f"nothing: export {name}=..."
         problems.append(f"{name}: expected {expected}, found {found}")
     if {"tls_certificate", "tls_key"} <= settings.keys():
+        files = [settings["tls_certificate"], settings["tls_key"]]
         try:
-            settings["tls"] = load_tls(settings["tls_certificate"], settings["tls_key"])
-        except ValueError as error:
-            problems.append(str(error))
+            settings["tls"] = load_tls(*files) if any(files) else None
+        except OSError as error:  # ssl.SSLError is one
+            found = " and ".join(file or "nothing" for file in files)
+            found += f" ({getattr(error, 'reason', None) or error.strerror})"
+            problems.append(f"tls_certificate, tls_key: expected a pair as PEM, found {found}")
     if problems:
         raise RelayError("\n".join(problems), exit_status=78)
     return settings
@@ -312,6 +288,7 @@ SCHEMA = f"""
     CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL;
     COMMIT;
 """
+RETRY = {"Retry-After": "30"}  # of what can pass by itself
 DAMAGE = re.compile("malformed|not a database")
 INSERT = "INSERT INTO alarm (id, room, received_ms, request, body) VALUES (?, ?, ?, ?, ?)"
 OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm WHERE room = ?
@@ -321,20 +298,10 @@ DELETE_DELIVERED = """DELETE FROM alarm WHERE id IN
     (SELECT id FROM alarm WHERE delivered_ms < ? LIMIT ?)"""
 
 
-@dataclass
-class Posted:
-    room: str  # its path
-    request: bytes  # a hash of all that was posted
-    received_ms: int
-    bodies: Sequence[str]
-    ids: range = range(0)  # once they are on disk; none for a duplicate
-    refusal: Refused | None = None
-
-
 class Spool:
     def __init__(self, directory: Path) -> None:
         self._lock = threading.RLock()  # guards the connection and all below
-        self._posted: collections.deque[Posted] = collections.deque()
+        self._posted = collections.deque[Any]()  # what store() is called with, and a future
         self._unrecorded: dict[int, Sequence[object]] = {}  # by id; deliveries, for a full disk
         self.error: Refused | None = None  # what broke it
         self.delivered = 0  # since the start
@@ -354,7 +321,7 @@ class Spool:
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
 
     def _open(self) -> None:
-        db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self._path, 0, isolation_level=None, check_same_thread=False)
         self._db = db
         ((version,),) = db.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
@@ -382,9 +349,9 @@ class Spool:
         if self.error:
             raise self.error
         if self.waiting >= WAITING_ALARMS:
-            raise SpoolFull("too many alarms wait for Webex")
+            raise Refused(503, "too many alarms wait for Webex", **RETRY)
         if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
-            raise SpoolFull(f"less than {FREE_BYTES >> 20} MiB are free in {self._path.parent}")
+            raise Refused(503, f"less than {FREE_BYTES >> 20} MiB of disk are free", **RETRY)
 
     def _execute(self, statement: str, *rows: Sequence[object]) -> list[Any]:
         with self._lock:
@@ -399,7 +366,7 @@ class Spool:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 if str(error) == "database or disk is full":
-                    raise SpoolFull(f"{error}: {self._path.parent}") from error
+                    raise Refused(503, f"{error}: {self._path.parent}", **RETRY) from error
                 if DAMAGE.search(str(error)):
                     self._move_aside(error)  # a new process begins a new one
                 # For good: after a failed fsync the kernel may have dropped the pages, and the next
@@ -407,41 +374,42 @@ class Spool:
                 self.error = Refused(503, f"the spool cannot be read or written: {error}")
                 raise self.error from error
 
-    def store(self, posted: Posted) -> range:
-        """Put a request's alarms on disk and return their ids; raise Refused."""
+    def store(self, room: str, request: bytes, received_ms: int, bodies: Sequence[str]) -> range:
+        """Put the alarms of a request (its hash) on disk; return their ids; raise Refused."""
         self.check()
         # Whoever gets the lock first commits for all that came during the commit before. Queued
         # before the lock is taken, so that who finds the queue empty under the lock is on disk.
-        self._posted.append(posted)
+        stored = concurrent.futures.Future[range]()
+        self._posted.append((room, request, received_ms, bodies, stored))
         with self._lock:
-            rows, batch, recent = [], list[Posted](), self._recent
+            rows, batch, recent = [], [], self._recent
             while self._posted:
-                batch.append(one := self._posted.popleft())
+                room, request, received_ms, bodies, future = self._posted.popleft()
                 # Oldest first; by abs(), or a clock that was set back would keep them for long.
-                while recent and abs(one.received_ms - next(iter(recent.values()))) > DUPLICATE_MS:
+                while recent and abs(received_ms - next(iter(recent.values()))) > DUPLICATE_MS:
                     del recent[next(iter(recent))]
-                bodies = () if one.request in recent else one.bodies
-                one.ids = range(self._last_id + 1, self._last_id + 1 + len(bodies))
-                for self._last_id, body in zip(one.ids, bodies):
-                    rows.append((self._last_id, one.room, one.received_ms, one.request, body))
-                recent.setdefault(one.request, one.received_ms)
+                count = 0 if request in recent else len(bodies)
+                ids = range(self._last_id + 1, self._last_id + 1 + count)
+                for self._last_id, body in zip(ids, bodies):
+                    rows.append((self._last_id, room, received_ms, request, body))
+                recent.setdefault(request, received_ms)
+                batch.append((request, ids, future))
             try:
                 if rows:
                     self._execute(INSERT, *rows)
                 self.waiting += len(rows)
+                for _, ids, future in batch:
+                    future.set_result(ids)
             except Refused as refusal:
-                for one in batch:
-                    recent.pop(one.request, None)
-                    one.refusal = refusal
-            if posted.refusal:
-                raise posted.refusal
-        return posted.ids
+                for request, _, future in batch:
+                    recent.pop(request, None)
+                    future.set_exception(refusal)
+        return stored.result(0)
 
     def oldest_waiting(self, room: str) -> Sequence[Any] | None:
         """Return id, received_ms and body of the alarm that is to be delivered next."""
-        with self._lock:
-            found = self._execute(OLDEST_WAITING, (room, json.dumps([*self._unrecorded])))
-        return found[0] if found else None
+        found = self._execute(OLDEST_WAITING, (room, json.dumps([*self._unrecorded])))
+        return next(iter(found), None)
 
     def set_delivered(self, spool_id: int, message_id: str, delivered_ms: int) -> None:
         """Record that an alarm stands in the room, in the Webex message with this id."""
@@ -451,13 +419,13 @@ class Spool:
             self._record()
 
     def _record(self) -> None:
-        with suppress(SpoolFull):  # later, then; until then it is not sent again
+        with suppress(Refused):  # later, then; until then it is not sent again
             self._execute(SET_DELIVERED, *self._unrecorded.values())
             self._unrecorded.clear()
 
     def delete_delivered(self, before_ms: int) -> None:
         """Delete some that were delivered before that; record what a full disk has kept from it."""
-        with self._lock, suppress(SpoolFull):
+        with self._lock, suppress(Refused):
             self._record()
             self._execute(DELETE_DELIVERED, (before_ms, RETENTION_STEP))
 
@@ -478,14 +446,12 @@ class Verdict(NamedTuple):
 
 
 ADVICE = {
+    0: "check network, clock and https_proxy; if a proxy opens TLS, SSL_CERT_FILE",
     400: "check room_id; `alarmrelay.py preview` shows the message",
     401: "replace bearer_token and restart",
     403: "the bot must be a member of the room and allowed to post in it",
-    404: "check room_id, and that the bot is a member of the room",
+    404: "check room_id and webex_url, and that the bot is a member of the room",
 }
-
-
-DISTRUST = "; does a proxy open TLS? set SSL_CERT_FILE to its authority; is the clock right?"
 
 
 def parse_retry_after(text: str, now_s: float) -> float:
@@ -512,7 +478,7 @@ def judge(answer: Answer, failures: int, now_s: float) -> Verdict:
         return Verdict("delivered", 0.0, message_id)
     said, advice = content.get("message"), ADVICE.get(status)
     if 200 <= status < 400:  # a redirect is never followed
-        said, advice = "no message id in it", "check webex_url; does a proxy answer for Webex?"
+        said, advice = "no id in it", "check webex_url; does a proxy answer for Webex?"
     reason = f"{status} {reason}" if status else reason
     reason = BREAKING.sub(" ", f"{reason}: {said}" if said else reason)[:300]  # into STATUS=, too
     reason += f"; {advice}" if advice else ""
@@ -531,25 +497,24 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         super().__init__()
         self._tls = ssl.create_default_context()
         self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
-        self._headers = {"Authorization": f"Bearer {bearer_token}"}
+        self._headers = {"Content-Type": "application/json"}
+        self._headers["Authorization"] = f"Bearer {bearer_token}"
         # urllib bounds neither a name lookup nor a server that drips: this thread may be late, and
         # then the next request waits for it. It starts now, when there is sure to be one.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "webex")
         self._thread.submit(int).result()
 
-    def post_message(self, message: Mapping[str, str]) -> Answer:
-        """Post {"roomId": …, "markdown" or "text": …}; return what comes back, within REQUEST_S."""
+    def ask(self, path: str, message: Mapping[str, str] | None = None) -> Answer:
+        """Get `people/me` or post {"roomId": …, …} to `messages`; return the answer in time."""
         self._late_s, self._wires = time.monotonic() + self._timeout_s, list[socket.socket]()
-        answer = self._thread.submit(self._post, json.dumps(message).encode())
+        answer = self._thread.submit(self._ask, path, message)
         try:
             return answer.result(self._timeout_s)
         except concurrent.futures.TimeoutError:
             reason = f"no answer from Webex within {self._timeout_s:g} s"
         except (OSError, http.client.HTTPException, ValueError) as error:
             # Not the text of all of them: it may hold the password of a proxy.
-            cause = getattr(error, "reason", type(error).__name__)
-            is_distrust = isinstance(cause, ssl.SSLCertVerificationError)
-            reason = f"no answer from Webex: {cause}{DISTRUST if is_distrust else ''}"
+            reason = f"no answer from Webex: {getattr(error, 'reason', type(error).__name__)}"
         finally:
             answer.cancel()
             for wire in self._wires:
@@ -557,9 +522,9 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
                     wire.shutdown(socket.SHUT_RDWR)
         return 0, reason, {}, b""
 
-    def _post(self, payload: bytes) -> Answer:
-        headers = {**self._headers, "Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self._url}/messages", payload, headers)
+    def _ask(self, path: str, message: Mapping[str, str] | None) -> Answer:
+        payload = json.dumps(message).encode() if message else None
+        request = urllib.request.Request(f"{self._url}/{path}", payload, self._headers)
         # Plain http only goes to a loopback address. No handler follows redirects: urllib's would
         # send the token to the other host, by GET.
         proxies = {k: v for k, v in urllib.request.getproxies().items() if k == "https"}
@@ -619,6 +584,7 @@ class Courier:
     clock: Callable[[], float] = time.time
     trouble: str = ""  # what is in the way of delivery
     failures: int = 0  # in a row
+    due_s: float = math.inf  # monotonic; without another sign of life by then it is stuck
     arrived: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -630,11 +596,10 @@ class Courier:
             return None
         (spool_id, received_ms, body), now_s = alarm, self.clock()
         message = format_message(DECODER.decode(body), received_ms, int(now_s * 1000), self.zone)
-        room, send = {"roomId": self.room_id}, self.webex.post_message
-        verdict = judge(send({**room, "markdown": message}), self.failures, now_s)
+        verdict = self._send("markdown", message)
         if verdict.kind == "refused":
             log.warning("alarm %d goes again as plain text: %s", spool_id, verdict.reason)
-            verdict = judge(send({**room, "text": plain_text(message)}), self.failures, now_s)
+            verdict = self._send("text", plain_text(message))
         self.failures = self.failures + 1 if verdict.kind == "failed" else 0
         if verdict.kind != "delivered":
             return self._report(spool_id, verdict)
@@ -643,6 +608,12 @@ class Courier:
         words = f"message={verdict.reason} after {now_s - received_ms / 1000:.1f} s"
         log.info("alarm %d delivered: %s", spool_id, words)
         return 0.0
+
+    def _send(self, form: str, message: str) -> Verdict:
+        self.due_s = time.monotonic() + REQUEST_S + STALL_S
+        answer = self.webex.ask("messages", {"roomId": self.room_id, form: message})
+        self.due_s = time.monotonic() + STALL_S
+        return judge(answer, self.failures, self.clock())
 
     def _report(self, spool_id: int, verdict: Verdict) -> float:
         jitter = RETRY_JITTER if verdict.kind == "failed" else 0.0
@@ -660,87 +631,26 @@ class Courier:
         """Deliver until stopped, or until the spool breaks, which ends the process."""
         while not self.stopping.is_set() and not self.spool.error:
             wait_s: float | None = HOLD_S
+            self.due_s = time.monotonic() + STALL_S
             with guard(f"room {self.room}"), suppress(Refused):  # by the spool, which is broken
                 wait_s = self.step()
-            if self.spool.error:
-                break
-            if wait_s is not None:
+            self.due_s = math.inf
+            if wait_s is not None and not self.spool.error:
                 self.stopping.wait(wait_s)
-            elif not self.stopping.is_set():  # set before arrived, which step() clears
+            elif not (
+                self.stopping.is_set() or self.spool.error
+            ):  # set before arrived, which step() clears
                 self.arrived.wait()
 
 
 # === HTTP =========================================================================================
-# Each connection has a thread of its own. What could be read in two ways is refused, since programs
-# differ in how they read it: so are requests smuggled. Each part of a request has a deadline and a
-# bound as a whole.
+# Each connection has a thread. What could be read in two ways is refused: so are requests smuggled.
+# Each part of a request has a deadline and a bound as a whole.
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN)
 FIELD_LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % TOKEN)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-
-
-class Wire(io.RawIOBase):
-    """A connection's bytes for a BufferedReader, until deadline_s (monotonic) and no longer."""
-
-    def __init__(self, connection: socket.socket, stop: int = -1) -> None:
-        self._connection, self._stop = connection, stop  # a pipe's end, which hangs up at a stop
-        self.deadline_s, self.received = 0.0, 0
-        self.is_idle = False  # between two requests, where all may end
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Read what is there, or wait for it; raise Refused at the deadline."""
-        # A socket's own time-out begins anew with each recv(): who drips would never be late.
-        left_s = self.deadline_s - time.monotonic()
-        if self.is_idle and not self._is_spoken_to(left_s):
-            return 0
-        with suppress(socket.timeout):
-            if left_s > 0:
-                self._connection.settimeout(left_s)
-                count = self._connection.recv_into(buffer)
-                self.received += count
-                return count
-        raise Refused(408, "the request came too slowly", Connection="close")
-
-    def _is_spoken_to(self, wait_s: float) -> bool:
-        if getattr(self._connection, "pending", int)():  # what TLS has read wakes nobody
-            return True
-        poll = select.poll()
-        poll.register(self._connection, select.POLLIN)
-        poll.register(self._stop, 0)
-        events = dict(poll.poll(wait_s * 1000))
-        if self._stop in events:  # what is on its way is still answered
-            poll.unregister(self._stop)
-            events = dict(poll.poll(GRACE_S * 1000))
-        return self._connection.fileno() in events
-
-
-@dataclass(eq=False)
-class Connection:
-    socket: socket.socket  # TLS once hands are shaken
-    address: str
-    since_s: float  # monotonic; a request is awaited since then
-    is_trusted: bool = False  # has shown credentials
-    is_amid: bool = True  # a handshake or a request: its client may go on sending
-    is_in_the_way: bool = False  # too slow where others need the place
-
-    def end(self) -> None:
-        """Close the connection so that its client can read the last answer."""
-        with self.socket as ended, suppress(OSError, Refused):
-            if isinstance(ended, ssl.SSLSocket):
-                ended.settimeout(0)
-                with suppress(OSError):
-                    ended.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
-            ended.shutdown(socket.SHUT_WR)
-            # To close while bytes come in is a reset, which can overtake the answer.
-            wire = Wire(ended)
-            wire.deadline_s = time.monotonic() + LINGER_S
-            while self.is_amid and wire.received < DRAIN_BYTES and wire.read(BLOCK_BYTES):
-                pass
 
 
 def body_length(version: str, fields: http.client.HTTPMessage) -> int | None:
@@ -778,37 +688,55 @@ def read_body(stream: io.BufferedReader, length: int | None) -> Iterator[bytes]:
             return
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its accept to its end
     server: Server  # type: ignore[assignment]
-    request: Connection
-    rfile: io.BufferedReader
     headers: http.client.HTTPMessage
 
-    def setup(self) -> None:
-        """Make ready to read."""
-        self.connection = self.request.socket
-        self.wire = Wire(self.connection, self.server.stop_pipe)
-        self.rfile = io.BufferedReader(self.wire)
+    def __init__(self, connection: socket.socket, address: str, server: Server) -> None:
+        self.connection, self.address, self.server = connection, address, server
+        self.since_s = time.monotonic()  # its next request is awaited since then
+        self.deadline_s = self.since_s + HEADER_S  # for what it has to send now, as a whole
+        self.is_trusted = False  # has shown credentials
+        self.is_amid = True  # a handshake or a request: its client may go on sending
+        self.hung_up = ""  # why the server does not listen to it any more
 
-    def finish(self) -> None:
-        pass  # the connection has its own end
+    def hang_up(self, reason: str) -> None:
+        """Let the connection's thread find an end behind what has come in."""
+        self.hung_up = reason
+        with suppress(OSError):  # it has ended; TLS has no say in this
+            socket.socket.shutdown(self.connection, socket.SHUT_RD)
 
-    def handle(self) -> None:
-        """Answer one request after the other."""
+    def serve(self) -> None:
+        """Answer all requests, and close the connection; raise OSError if it breaks."""
+        if tls := self.server.tls:
+            self.connection = tls.wrap_socket(self.connection, True, False)
+            self.connection.do_handshake()
+        self.rfile: io.BufferedReader = io.BufferedReader(socket.SocketIO(self.connection, "r"))
         self.close_connection, pause_s = False, 0.0
         while not self.close_connection:
-            self.request.since_s, self.request.is_amid = time.monotonic(), False
-            self.wire.is_idle = True
-            self.wire.deadline_s = self.request.since_s
-            self.wire.deadline_s += IDLE_S if self.request.is_trusted else HEADER_S
+            self.since_s, self.is_amid = time.monotonic(), False
+            self.deadline_s = self.since_s + (IDLE_S if self.is_trusted else HEADER_S)
             if not self.rfile.peek(1):
                 return
-            self.wire.is_idle, self.request.is_amid = False, True
-            self.wire.deadline_s = time.monotonic() + HEADER_S
+            self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, True
             self.handle_one_request()
-            if not self.request.is_trusted:  # the first is free, since some are asked for them
+            if not self.is_trusted:  # the first is free, since some are asked for them
                 self.server.stopping.wait(pause_s)
                 pause_s = GUESS_S
+
+    def end(self) -> None:
+        """Close the connection so that its client can read the last answer."""
+        with self.connection as ended, suppress(OSError):
+            if isinstance(ended, ssl.SSLSocket):
+                ended.settimeout(0)
+                with suppress(OSError):
+                    ended.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
+                ended.settimeout(None)
+            ended.shutdown(socket.SHUT_WR)
+            # To close while bytes come in is a reset, which can overtake the answer.
+            self.deadline_s, left_bytes = time.monotonic() + LINGER_S, DRAIN_BYTES
+            while self.is_amid and left_bytes > 0 and (block := ended.recv(BLOCK_BYTES)):
+                left_bytes -= len(block)
 
     def handle_one_request(self) -> None:
         """Answer; the connection stays if it is certain where the next request begins."""
@@ -820,19 +748,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection |= self.server.stopping.is_set()
             body = read_body(self.rfile, body_length(self.request_version, self.headers))
             self.answer(200, self.respond(body))
-        except Refused as refusal:
-            log.warning("%s refused: %d %s", self.client_address[0], refusal.status, refusal)
+        except (Refused, ConnectionError) as error:
+            refusal = error
+            if self.hung_up == "late":
+                refusal = Refused(408, "the request came too slowly", Connection="close")
+            if not isinstance(refusal, Refused):
+                raise
+            log.warning("%s refused: %d %s", self.address, refusal.status, refusal)
             is_lost = "Connection" in refusal.headers or self.awaits_continue
             self.close_connection |= is_lost
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
         # Read the rest, so that it is certain where the next request begins.
-        most = self.wire.received + (DRAIN_BYTES if self.request.is_trusted else HEADER_BYTES)
-        self.wire.deadline_s = time.monotonic() + HEADER_S
+        self.deadline_s = time.monotonic() + HEADER_S
+        left_bytes = DRAIN_BYTES if self.is_trusted else HEADER_BYTES
         with suppress(OSError, Refused):
-            while not is_lost and self.wire.received < most and next(body, b""):
-                pass
-            self.request.is_amid = is_lost or self.wire.received >= most
-        self.close_connection |= self.request.is_amid
+            while not is_lost and left_bytes > 0 and (block := next(body, b"")):
+                left_bytes -= len(block) + 8  # no chunk is free
+            self.is_amid = is_lost or left_bytes <= 0
+        self.close_connection |= self.is_amid
 
     def parse_request(self) -> bool:
         """Read the header; return False if the client has left without a word; raise Refused."""
@@ -886,7 +819,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.awaits_continue and length <= BODY_BYTES:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.awaits_continue = False
-        self.wire.deadline_s = time.monotonic() + BODY_S
+        self.deadline_s = time.monotonic() + BODY_S
         for block in itertools.chain([b""], body):
             content += block
             if max(len(content), length) > BODY_BYTES:
@@ -900,23 +833,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         # Hashes, since compare_digest() tells how long the things are that it compares.
         given = hashlib.sha256(token.strip(" ").encode("latin-1")).digest()
-        if not hmac.compare_digest(given, self.server.credentials) or scheme.lower() != "basic":
+        if not secrets.compare_digest(given, self.server.credentials) or scheme.lower() != "basic":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
-        self.request.is_trusted = True
+        self.is_trusted = True
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
         alarms = parse_alarms(content)
         bodies, now_ms = [text for text, _ in alarms], int(time.time() * 1000)
         request = hashlib.blake2b(courier.room.encode() + b"\n" + content, digest_size=16).digest()
-        ids = self.server.spool.store(Posted(courier.room, request, now_ms, bodies))
+        ids = self.server.spool.store(courier.room, request, now_ms, bodies)
         courier.arrived.set()
-        sender = self.client_address[0]
         for spool_id, (_, alarm) in zip(ids, alarms):
             words = f"rule={alarm_name(alarm)[:99]!r} uuid={str(alarm.get('uuid'))[:99]!r}"
-            log.info("alarm %d taken: room=%s %s sender=%s", spool_id, courier.room, words, sender)
+            words += f" sender={self.address}"
+            log.info("alarm %d taken: room=%s %s", spool_id, courier.room, words)
         if not ids:
-            log.info("%s sent again what was taken before: not stored twice", sender)
+            log.info("%s sent again what was taken before: not stored twice", self.address)
         return {"status": "accepted" if ids else "duplicate"}
 
     def answer(self, status: int, content: Mapping[str, str], **headers: str) -> None:
@@ -931,6 +864,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
         self.connection.settimeout(HEADER_S)
         self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else body))
+        self.connection.settimeout(None)  # until the deadline
 
 
 class Server:
@@ -938,88 +872,78 @@ class Server:
         credentials = "{webhook_username}:{webhook_password}".format_map(settings).encode()
         self.credentials = hashlib.sha256(base64.b64encode(credentials)).digest()
         self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
-        self._tls: ssl.SSLContext | None = settings["tls"]
+        self.tls: ssl.SSLContext | None = settings["tls"]
         self.large = threading.Lock()  # whoever holds it may read a large body's JSON
-        self._connections = set[Connection]()
+        self._connections = set[Handler]()
         self._ended = threading.Condition()  # guards the connections
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = max(8, min(CONNECTIONS, files - SPARE_FILES))
-        self.stopping, (self.stop_pipe, self._pipe) = threading.Event(), os.pipe()
+        self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
+        self.stopping, (self._stop, self.stopper) = threading.Event(), os.pipe()
+        self.due_s = math.inf  # monotonic; without another sign of life by then it is stuck
 
     def run(self, listener: socket.socket) -> None:
-        """Accept connections until stop(), and return when the last of them has ended."""
+        """Accept connections until the stop, and return when the last of them has ended."""
         listener.setblocking(False)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
-        poll.register(self.stop_pipe, 0)
+        poll.register(self._stop, 0)  # hangs up at a stop
         while not self.stopping.is_set():
+            self.due_s = time.monotonic() + HEADER_S + STALL_S
             with guard("the door", TICK_S):
                 if (taken := len(self._connections)) >= self._most:
                     self._make_room(taken, f"all {taken} are taken")
-                elif poll.poll(TICK_S * 1000):
+                elif poll.poll(1000 * (TICK_S if taken else HEADER_S)):
                     self._accept(listener)
+                self._hang_up(lambda c: time.monotonic() > c.deadline_s)
         listener.close()
-        with self._ended:
-            self._ended.wait_for(lambda: not self._connections)
+        with self._ended:  # what is on its way is still answered
+            while not self._ended.wait_for(lambda: not self._connections, GRACE_S):
+                self._hang_up(lambda c: not c.is_amid)
 
-    def stop(self) -> None:
-        """Let run() end once all that has been sent is answered."""
-        self.stopping.set()
-        os.close(self._pipe)
+    def _hang_up(self, is_over: Callable[[Handler], bool]) -> None:
+        with self._ended:
+            for connection in filter(is_over, self._connections):
+                connection.hang_up("late")
 
     def _make_room(self, taken: int, reason: str) -> None:
-        """Hang up on the slowest of the address that has most of them; wait for a place."""
+        """Hang up on those that have sent no whole header in a second; wait for a place."""
         before_s = time.monotonic() - TICK_S
         with self._ended:
-            every = (c for c in self._connections if not (c.is_trusted or c.is_in_the_way))
+            every = (c for c in self._connections if not (c.is_trusted or c.hung_up))
             slow = [connection for connection in every if connection.since_s < before_s]
-            if slow:
-                ((address, _),) = collections.Counter(c.address for c in slow).most_common(1)
-                slow = [c for c in slow if c.address == address]
-                slow = sorted(slow, key=lambda c: c.since_s)[:GIVE_WAY]
-                log.warning("%d slow connections of %s give way", len(slow), address)
             for connection in slow:
-                connection.is_in_the_way = True
-                with suppress(OSError):  # what has come in is still read; TLS has no say in this
-                    socket.socket.shutdown(connection.socket, socket.SHUT_RD)
+                connection.hang_up("in the way")
+            if slow:
+                words = ", ".join({connection.address for connection in slow})[:300]
+                log.warning("%d slow connections give way: %s", len(slow), words)
             if not self._ended.wait_for(lambda: len(self._connections) < taken, TICK_S):
                 log.warning("no connection can be accepted for %g s: %s", TICK_S, reason)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
             client, (host, *_) = listener.accept()
-        except BlockingIOError:
-            return  # its client is gone again, or it is time to stop
         except OSError as error:  # the host has no more descriptors or memory
-            self._make_room(len(self._connections), str(error))
+            if not isinstance(
+                error, BlockingIOError
+            ):  # or its client is gone; or it is time to stop
+                self._make_room(len(self._connections), str(error))
             return
-        host = host.removeprefix("::ffff:")  # IPv4, RFC 4291, 2.5.5.2
-        connection = Connection(client, host, time.monotonic())
+        connection = Handler(client, host.removeprefix("::ffff:"), self)  # RFC 4291, 2.5.5.2
         with self._ended:
             self._connections.add(connection)
-        while not self._start(connection):
+        thread = threading.Thread(target=self._serve, args=[connection], daemon=True)
+        while True:
+            with suppress(RuntimeError, MemoryError):
+                thread.start()
+                return
+            log.warning("%s waits for a thread: the host has no more", connection.address)
             self.stopping.wait(TICK_S)
 
-    def _start(self, connection: Connection) -> bool:
-        try:
-            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
-        except (RuntimeError, MemoryError) as error:  # the host has no more threads for us
-            log.warning("%s waits for a thread: %s", connection.address, error)
-            return False
-        return True
-
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection: Handler) -> None:
         with guard(connection.address):
             try:
-                if self._tls:
-                    connection.socket.settimeout(HEADER_S)  # for the whole handshake
-                    connection.socket = self._tls.wrap_socket(
-                        connection.socket, server_side=True, do_handshake_on_connect=False
-                    )
-                    connection.socket.do_handshake()
-                Handler(connection, (connection.address, 0), self)  # type: ignore[arg-type]
+                connection.serve()
             except OSError as error:
-                if not connection.is_in_the_way:  # which has been said
+                if connection.hung_up != "in the way":  # which has been said
                     log.warning("%s is gone unanswered: %s", connection.address, error)
             connection.end()
         with self._ended:
@@ -1028,6 +952,54 @@ class Server:
 
 
 # === systemd ======================================================================================
+# What `install` writes; alarmrelay.service in the repository is the same text.
+ENV_FILE, PROGRAM_FILE = "/etc/alarmrelay.env", "/usr/local/bin/alarmrelay.py"
+UNIT_FILE = "/etc/systemd/system/alarmrelay.service"
+HARDENING = """
+    StateDirectoryMode=0700 UMask=0077
+    AmbientCapabilities= CapabilityBoundingSet= DevicePolicy=closed KeyringMode=private
+    LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes PrivateDevices=yes
+    PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
+    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
+    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict
+    RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+    SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
+UNIT = f"""\
+[Unit]
+Description=Relay of vManage alarms to a Webex room
+Wants=network-online.target
+After=network-online.target
+AssertPathExists={ENV_FILE}
+# It may fail as often as it likes: alarms are waiting.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart=/usr/bin/python3 {PROGRAM_FILE}
+EnvironmentFile={ENV_FILE}
+DynamicUser=yes
+StateDirectory=alarmrelay
+Restart=always
+RestartSec=1
+# Settings that are wrong do not become right by another start.
+RestartPreventExitStatus=78
+TimeoutStopSec=30
+WatchdogSec=90
+WatchdogSignal=SIGKILL
+# The listening socket, so that no connection is refused during a restart.
+FileDescriptorStoreMax=1
+LimitNOFILE={CONNECTIONS + 64}
+
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+{os.linesep.join(HARDENING.split())}
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
 class LineFormatter(logging.Formatter):
     def __init__(self, environ: Mapping[str, str]) -> None:
         stderr = os.fstat(2)
@@ -1051,10 +1023,7 @@ def notify(environ: Mapping[str, str], *lines: str, descriptors: Sequence[int] =
 
 
 def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
-    """Return the listening socket that systemd has kept for us, or a new one that it will keep.
-
-    Connections wait in it while the relay is restarted or has died (sd_listen_fds(3)).
-    """
+    """Return the socket in which connections wait over restarts and crashes, or a new one."""
     if environ.get("LISTEN_PID") == str(os.getpid()) and environ.get("LISTEN_FDS") == "1":
         kept = socket.socket(fileno=3)
         if kept.getsockname()[:2] == (host, port or kept.getsockname()[1]):
@@ -1071,11 +1040,83 @@ def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
 
 
 # === Commands =====================================================================================
+def say(text: str) -> None:
+    """Print a line in UTF-8, whatever the locale."""
+    os.write(1, f"{text}\n".encode())
+
+
 def preview(path: str, environ: Mapping[str, str]) -> None:
     """Print the message for each alarm in a file, or in standard input for "-"; send nothing."""
     zone, now_ms = read_settings(environ, ["time_zone"])["time_zone"], int(time.time() * 1000)
-    alarms = parse_alarms(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
-    os.write(1, "".join(f"{format_message(a, now_ms, now_ms, zone)}\n" for _, a in alarms).encode())
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    for _, alarm in parse_alarms(content):
+        say(format_message(alarm, now_ms, now_ms, zone))
+
+
+def install(root: str) -> None:
+    """Write program and unit below root, and the settings if there are none; print what next."""
+    lines = ['# A value with a space or one of \\ " $ ` # stands between single quotes.']
+    lines += ["# After a change: sudo systemctl restart alarmrelay"]
+    for name, (default, form, _, expected) in SETTINGS.items():
+        needed, mark = (", required", "") if not re.fullmatch(form, default) else ("", "#")
+        lines += ["", f"# {name}{needed}: {expected}", f"{mark}{name}={default}"]
+    files = [(PROGRAM_FILE, Path(__file__).read_text("utf-8"), 0o755), (UNIT_FILE, UNIT, 0o644)]
+    root, verb = root.rstrip("/"), "restart"
+    if not Path(f"{root}{ENV_FILE}").exists():
+        files, verb = [*files, (ENV_FILE, "\n".join([*lines, ""]), 0o600)], "enable --now"
+    try:
+        for name, text, mode in files:
+            path, new = Path(f"{root}{name}"), Path(f"{root}{name}.new")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.unlink(missing_ok=True)
+            new.touch(mode)
+            new.write_text(text, "utf-8")
+            new.chmod(mode)  # whatever the umask
+            new.rename(path)  # a relay that starts now has the old file or the new one
+            say(f"written: {path}")
+        if not root:
+            subprocess.run(["systemctl", "daemon-reload"], check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RelayError(f"{error}: install needs root and systemd, or --root DIR") from error
+    say(f"next: sudoedit {ENV_FILE}\n      sudo systemctl {verb} alarmrelay")
+
+
+def as_installed(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the environment; if there is no setting in it, that of the relay on this host."""
+    if SETTINGS.keys() & environ.keys() or not Path(ENV_FILE).exists():
+        return environ
+    pairs = (line.partition("=") for line in Path(ENV_FILE).read_text("utf-8").splitlines())
+    settings = {name.strip(): " ".join(shlex.split(value)) for name, _, value in pairs}
+    settings["CREDENTIALS_DIRECTORY"] = "/run/credentials/alarmrelay.service"  # while it runs
+    return {"STATE_DIRECTORY": "/var/lib/alarmrelay", **settings, **environ}
+
+
+def check(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield "ok", "warning" or "wrong" with what to do, for each thing that must be right."""
+    try:
+        settings = read_settings(environ)
+    except RelayError as error:
+        yield from (("wrong", line) for line in str(error).splitlines())
+        return
+    zone, state = settings["time_zone"], settings["state"]
+    yield "ok", f"settings; in {zone} it is {alarm_time({}, int(time.time() * 1000), zone)}"
+    place = next(path for path in (state, *state.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    is_good = place.is_dir() and os.access(place, os.W_OK | os.X_OK) and free >= FREE_BYTES
+    words = f"must be the relay's and have {FREE_BYTES >> 20} MiB free, has {free >> 20}"
+    yield "ok" if is_good else "wrong", f"state directory {state}: {words}"
+    webex = Webex(settings["webex_url"], settings["bearer_token"])
+    room = urllib.parse.quote(settings["room_id"], "")
+    for name, path in (("bearer_token", "people/me"), ("room_id", f"rooms/{room}")):
+        verdict = judge(answer := webex.ask(path), 0, time.time())
+        if verdict.kind != "delivered":
+            yield "wrong", f"{name}: {verdict.reason}"
+            return
+        found = json.loads(answer[3])
+        shown = BREAKING.sub(" ", str(found.get("title") or found.get("displayName")))
+        is_person = found.get("type") == "person"
+        advice = ", a person's, which ends after 12 hours: create a bot" if is_person else ""
+        yield "warning" if is_person else "ok", f"{name}: {shown}{advice}"
 
 
 def serve(environ: Mapping[str, str]) -> None:
@@ -1085,8 +1126,7 @@ def serve(environ: Mapping[str, str]) -> None:
     # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
-    home = Path(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "alarmrelay")
-    spool = Spool(Path(environ.get("STATE_DIRECTORY", "").split(":")[0] or home))  # systemd.exec(5)
+    spool = Spool(settings["state"])
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     courier = Courier("/", settings["room_id"], settings["time_zone"], spool, webex)
     server, listener = Server(settings, spool, courier), listen(environ, *settings["listen"])
@@ -1096,6 +1136,7 @@ def serve(environ: Mapping[str, str]) -> None:
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
     where = f"listening on {settings['listen'][0]} port {listener.getsockname()[1]}"
     said, wait_s = "", 0.0
+    tick_s = min(TICK_S, int(environ.get("WATCHDOG_USEC", 2**32)) / 3e6)  # sd_watchdog_enabled(3)
     while not signal.sigtimedwait(signals, wait_s) and not spool.error:
         counts = f"{spool.waiting} waiting, {spool.delivered} delivered"
         words = "; ".join(filter(None, [where, counts, courier.trouble]))
@@ -1104,14 +1145,16 @@ def serve(environ: Mapping[str, str]) -> None:
             notify(environ, "READY=1")
         if words != said:
             notify(environ, f"STATUS={words}")
-        said, wait_s = words, TICK_S
-        with suppress(Refused):  # the loop ends for the same reason
-            spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
-    notify(environ, "STOPPING=1")
+        said, wait_s = words, tick_s
+        spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
+        if "WATCHDOG_USEC" in environ and time.monotonic() < min(server.due_s, courier.due_s):
+            notify(environ, "WATCHDOG=1")  # the spool has just answered
     deadline = time.monotonic() + STOP_S
     courier.stopping.set()  # the send in flight is the last
     courier.arrived.set()
-    server.stop()
+    server.stopping.set()
+    os.close(server.stopper)
+    notify(environ, "STOPPING=1")
     accepting.join(STOP_S)
     delivery.join(max(0.0, deadline - time.monotonic()))
     if spool.error:
@@ -1123,21 +1166,32 @@ def main() -> int:
     """Run the command that the arguments name; return the exit status."""
     parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
     parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
-    parser.add_argument("command", nargs="?", choices=["preview"], help="print FILE's message only")
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="or stdin")
-    arguments = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help="none: relay alarms")
+    commands.add_parser("check", help="tell whether settings, disk, token and room are right")
+    one = commands.add_parser("preview", help="print an alarm's message, send nothing")
+    one.add_argument("file", nargs="?", default="-", metavar="FILE", help="or standard input")
+    one = commands.add_parser("install", help="on a systemd host, as root: program, unit, settings")
+    one.add_argument("--root", default="/", metavar="DIR", help="install into this tree")
+    arguments, status = parser.parse_args(), 0
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter(os.environ))
     try:
         if arguments.command == "preview":
             preview(arguments.file, os.environ)
+        elif arguments.command == "install":
+            install(arguments.root)
+        elif arguments.command == "check":
+            for word, line in check(as_installed(os.environ)):
+                say(f"{word}: {line}")
+                status |= word == "wrong"
         else:
             serve(os.environ)
     except (RelayError, OSError) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
+        notify(os.environ, f"STATUS={BREAKING.sub('; ', str(error))}")
         return getattr(error, "exit_status", 74)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import alarmrelay
 from alarmrelay import (
     Answer,
     Courier,
-    Posted,
     Spool,
     Verdict,
     Webex,
@@ -60,7 +59,7 @@ def test_the_status_decides(status, kind, wait_s):
 def test_a_200_without_a_message_id_is_no_delivery(body):
     verdict = judge(answer(200, {}, body), 0, NOW)
     assert (verdict.kind, verdict.wait_s) == ("failed", 1)
-    assert "no message id" in verdict.reason
+    assert "no id" in verdict.reason
 
 
 def test_a_200_with_an_id_is_a_delivery_and_keeps_it():
@@ -102,7 +101,10 @@ def test_retry_after_is_honoured_within_bounds(status, field, seconds):
 )
 def test_the_reason_holds_webexs_words_what_to_do_and_the_tracking_id(body, reason, tracking_id):
     verdict = judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW)
-    assert verdict.reason == f"{reason}; check room_id, and that the bot is a member of the room"
+    assert (
+        verdict.reason
+        == f"{reason}; check room_id and webex_url, and that the bot is a member of the room"
+    )
     assert verdict.tracking_id == tracking_id
 
 
@@ -145,7 +147,7 @@ def courier(spool, webex, clock):
 def store(spool: Spool, *texts: str) -> None:
     bodies = [json.dumps({"message": text}) for text in texts]
     request = "".join(texts).encode()
-    spool.store(Posted("/", request, int(START_S * 1000), bodies))
+    spool.store("/", request, int(START_S * 1000), bodies)
 
 
 def names(webex: WebexStandIn) -> list[str]:
@@ -329,7 +331,9 @@ def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(
 def test_a_server_that_hangs_is_cut_off_at_the_deadline(spool, webex):
     release = threading.Event()
     webex.faults.append(Fault(hold=release))
-    answer = Webex(webex.url, TOKEN, timeout_s=0.5).post_message({"roomId": ROOM, "markdown": "x"})
+    answer = Webex(webex.url, TOKEN, timeout_s=0.5).ask(
+        "messages", {"roomId": ROOM, "markdown": "x"}
+    )
     release.set()
     assert answer[0] == 0
     assert answer[1] == "no answer from Webex within 0.5 s"
@@ -343,7 +347,7 @@ def assert_no_request_stays_behind(client: Webex) -> None:
 def test_a_server_that_drips_is_cut_off_at_the_deadline(webex, drip_body):
     webex.faults.append(Fault(status=200, take=True, drip_s=0.05, drip_body=drip_body))
     client = Webex(webex.url, TOKEN, timeout_s=0.5)
-    assert client.post_message({"roomId": ROOM, "markdown": "x"})[0] == 0
+    assert client.ask("messages", {"roomId": ROOM, "markdown": "x"})[0] == 0
     assert_no_request_stays_behind(client)  # the drip would go on for hours
 
 
@@ -367,7 +371,9 @@ def two_addresses(webex, monkeypatch):
 
 def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, webex, monkeypatch):
     monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.3)
-    answer = Webex(webex.url, TOKEN, timeout_s=20).post_message({"roomId": ROOM, "markdown": "x"})
+    answer = Webex(webex.url, TOKEN, timeout_s=20).ask(
+        "messages", {"roomId": ROOM, "markdown": "x"}
+    )
     assert answer[0] == 200
     assert len(webex.messages) == 1
 
@@ -375,7 +381,7 @@ def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, we
 def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, webex, monkeypatch):
     monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.5)
     client = Webex(webex.url, TOKEN, timeout_s=0.2)
-    assert client.post_message({"roomId": ROOM, "markdown": "x"})[0] == 0
+    assert client.ask("messages", {"roomId": ROOM, "markdown": "x"})[0] == 0
     assert_no_request_stays_behind(client)
     assert webex.requests == []
 
@@ -387,10 +393,10 @@ def test_a_request_that_waited_for_a_late_one_for_too_long_is_not_sent(webex, mo
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: found.wait(20) and look_up(*a, **k))
     client = Webex(webex.url, TOKEN, timeout_s=0.4)
     for number in range(2):
-        assert client.post_message({"roomId": ROOM, "markdown": f"number {number}"})[0] == 0
+        assert client.ask("messages", {"roomId": ROOM, "markdown": f"number {number}"})[0] == 0
     client._timeout_s = 20
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        last = pool.submit(client.post_message, {"roomId": ROOM, "markdown": "number 2"})
+        last = pool.submit(client.ask, "messages", {"roomId": ROOM, "markdown": "number 2"})
         while client._late_s < time.monotonic() + 1:
             assert not last.done()
         found.set()
@@ -407,7 +413,11 @@ def test_certificates_are_verified():
 
 def first_bytes_of_a_request_to(url: str, listener: socket.socket) -> bytes:
     thread = threading.Thread(
-        target=Webex(url, TOKEN, timeout_s=5).post_message, args=({"roomId": ROOM},)
+        target=Webex(url, TOKEN, timeout_s=5).ask,
+        args=(
+            "messages",
+            {"roomId": ROOM},
+        ),
     )
     thread.start()
     connection, _ = listener.accept()
@@ -433,7 +443,7 @@ def test_https_is_spoken_with_tls_and_through_the_proxy(monkeypatch):
 
 
 def test_a_slash_at_the_end_of_the_url_is_not_doubled(webex):
-    Webex(webex.url + "/", TOKEN).post_message({"roomId": ROOM, "markdown": "x"})
+    Webex(webex.url + "/", TOKEN).ask("messages", {"roomId": ROOM, "markdown": "x"})
     assert webex.requests[0]["path"] == "/v1/messages"
 
 
@@ -451,7 +461,7 @@ def test_sixty_seconds_are_the_deadline():
     "url", ["http://127.0.0.1:9/v1", "http://localhost:9", "https://127.0.0.1:9/v1"]
 )
 def test_a_webex_that_cannot_be_reached_is_a_failure(url):
-    answer = Webex(url, TOKEN, timeout_s=5).post_message({"roomId": ROOM, "markdown": "x"})
+    answer = Webex(url, TOKEN, timeout_s=5).ask("messages", {"roomId": ROOM, "markdown": "x"})
     assert answer[0] == 0
     assert "refused" in answer[1]
     assert judge(answer, 0, NOW).kind == "failed"
@@ -459,14 +469,18 @@ def test_a_webex_that_cannot_be_reached_is_a_failure(url):
 
 def test_an_answer_of_endless_length_is_not_read_to_its_end(webex):
     webex.faults.append(Fault(status=200, body=b'{"id": "' + b"x" * 5_000_000 + b'"}'))
-    answer = Webex(webex.url, TOKEN, timeout_s=20).post_message({"roomId": ROOM, "markdown": "x"})
+    answer = Webex(webex.url, TOKEN, timeout_s=20).ask(
+        "messages", {"roomId": ROOM, "markdown": "x"}
+    )
     assert len(answer[3]) == 2**20
     assert judge(answer, 0, NOW).kind == "failed"
 
 
 def test_no_proxy_is_asked_for_a_loopback_address(webex, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    answer = Webex(webex.url, TOKEN, timeout_s=20).post_message({"roomId": ROOM, "markdown": "x"})
+    answer = Webex(webex.url, TOKEN, timeout_s=20).ask(
+        "messages", {"roomId": ROOM, "markdown": "x"}
+    )
     assert answer[0] == 200
 
 

