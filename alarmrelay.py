@@ -30,7 +30,6 @@ import os
 import re
 import secrets
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -330,9 +329,9 @@ class Spool:
         ((self._last_id,),) = db.execute("SELECT ifnull(max(id), 0) FROM alarm")
         ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
         # A relay that was killed between its commit and its answer meets the sender's retry.
-        oldest_ms = int(time.time() * 1000) - DUPLICATE_MS
+        now_ms = int(time.time() * 1000)
         newest = db.execute("SELECT request, received_ms FROM alarm ORDER BY id DESC")
-        recent = list(itertools.takewhile(lambda row: row[1] > oldest_ms, newest))
+        recent = list(itertools.takewhile(lambda row: abs(now_ms - row[1]) < DUPLICATE_MS, newest))
         self._recent: dict[bytes, int] = dict(reversed(recent))  # received_ms by request
 
     def _move_aside(self, error: Exception) -> None:
@@ -1085,8 +1084,10 @@ def as_installed(environ: Mapping[str, str]) -> Mapping[str, str]:
     """Return the environment; if there is no setting in it, that of the relay on this host."""
     if SETTINGS.keys() & environ.keys() or not Path(ENV_FILE).exists():
         return environ
-    pairs = (line.partition("=") for line in Path(ENV_FILE).read_text("utf-8").splitlines())
-    settings = {name.strip(): " ".join(shlex.split(value)) for name, _, value in pairs}
+    pairs = re.findall(
+        r"^\s*(\w+)\s*=\s*(['\"]?)(.*?)\2\s*$", Path(ENV_FILE).read_text("utf-8"), re.M
+    )
+    settings = {name: value for name, _, value in pairs}
     settings["CREDENTIALS_DIRECTORY"] = "/run/credentials/alarmrelay.service"  # while it runs
     return {"STATE_DIRECTORY": "/var/lib/alarmrelay", **settings, **environ}
 

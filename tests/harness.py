@@ -48,13 +48,13 @@ def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def program(limits: dict[str, float]) -> list[str]:
-    """Return Python's arguments for the program, with these of its constants changed."""
+def program(limits: dict[str, float], fault: str = "") -> list[str]:
+    """Return Python's arguments for the program, with these of its constants and this changed."""
     if not limits:
         return [str(PROGRAM)]
     lines = ["import os, sys", f"sys.path.insert(0, {str(PROGRAM.parent)!r})", "import alarmrelay"]
     lines += [f"alarmrelay.{name} = {value!r}" for name, value in limits.items()]
-    return ["-c", "; ".join([*lines, "os._exit(alarmrelay.main())"])]
+    return ["-c", "\n".join([*lines, fault, "os._exit(alarmrelay.main())"])]
 
 
 class Relay:
@@ -65,6 +65,7 @@ class Relay:
         directory: Path,
         webex_url: str,
         limits: dict[str, float] | None = None,
+        fault: str = "",
         **changes: str | None,
     ) -> None:
         self.environ = environment(directory, webex_url, **changes)
@@ -73,7 +74,7 @@ class Relay:
         self.said: list[str] = []  # those looked at
         # It looks at its status more often, lest the tests wait for it; {}: the file as it is.
         limits = {"TICK_S": 0.1} if limits is None else limits
-        self.command = [sys.executable, "-X", "dev", *program(limits)]
+        self.command = [sys.executable, "-X", "dev", *program(limits, fault)]
         self.limits: list[tuple[int, int]] = []  # of the kernel's: resource.RLIMIT_…, number
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0

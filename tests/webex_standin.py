@@ -1,4 +1,4 @@
-"""A stand-in for Webex: POST /v1/messages as developer.webex.com describes it, faults included.
+"""A stand-in for Webex: messages, people/me and rooms as developer.webex.com has them, with faults.
 
 It listens on a loopback port and answers like Webex does; `faults` makes it misbehave, one fault
 for each request, oldest first, or `fault_for` decides for each request anew.
@@ -16,6 +16,7 @@ import socket
 import ssl
 import struct
 import threading
+import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -50,6 +51,7 @@ class WebexStandIn:
     ) -> None:
         self.token = token
         self.rooms = set(rooms)
+        self.person = "bot"  # whose token it is, else "person"
         self.faults: collections.deque[Fault] = collections.deque()
         self.fault_for: Callable[[dict[str, Any]], Fault | None] = lambda _: None
         self.messages: list[dict[str, Any]] = []  # those that stand in a room, in order
@@ -144,8 +146,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         standin = self.server.standin
-        standin.next_fault(self.noted(None))
-        self.reply(404, {}, self.error(404, "The requested resource could not be found."))
+        request = self.noted(None)
+        fault = standin.next_fault(request)
+        _, kind, name = f"{self.path[3:]}/".split("/", 2)
+        content = {"roomId": urllib.parse.unquote(name[:-1])} if kind == "rooms" else None
+        refusal = standin.refusal(request["headers"], content)
+        if fault:
+            self.misbehave(fault, None)
+        elif refusal and refusal[0] in (401, 404):
+            self.reply(refusal[0], {}, self.error(*refusal))
+        elif self.path == "/v1/people/me":
+            person = {"id": "person-1", "displayName": "vManage alarms", "type": standin.person}
+            self.reply(200, {}, json.dumps(person).encode())
+        elif kind == "rooms" and content["roomId"] in standin.rooms:
+            room = {"id": content["roomId"], "title": "Network \u2028 Operations", "type": "group"}
+            self.reply(200, {}, json.dumps(room).encode())
+        else:
+            self.reply(404, {}, self.error(404, "The requested resource could not be found."))
 
     def do_POST(self) -> None:
         standin = self.server.standin
