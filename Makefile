@@ -10,6 +10,9 @@ demo: ## the relay and a stand-in for Webex, with the sample alarms, in a few se
 test: $(VENV)/bin/pytest ## the tests; PYTHON=python3.9 for another Python
 	$(VENV)/bin/python -m pytest -q -rfEs tests
 
+test-hosts: ## the whole story on Debian 11, 12 and 13 (as root, on a Debian with systemd-nspawn)
+	$(PYTHON) tests/hosts.py
+
 $(VENV)/bin/pytest:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
@@ -17,4 +20,4 @@ $(VENV)/bin/pytest:
 clean: ## remove .venv and what Python leaves behind
 	rm -rf .venv __pycache__ tests/__pycache__
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-hosts clean

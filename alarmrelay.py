@@ -97,6 +97,7 @@ def parse_listen(text: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(host.strip("[]"))), range(65536)[int(port)]
 
 
+ENV_FILE = "/etc/alarmrelay.env"  # where systemd takes the settings from
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
 HOST = r"(https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])|http://(localhost|127\.[0-9.]+|\[::1\]))"
 URL = HOST + r"(:[0-9]{1,5})?(/[!\"$->A-~]*)?"  # visible ASCII without ?, # and @
@@ -146,7 +147,7 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
             expected = "a time zone database, which this host lacks: install the package tzdata"
         shown = not name.startswith(("bearer", "room", "webhook")) and "@" not in text
         found = repr(text[:99]) if shown and "?" not in text else "a hidden value"
-        found = found if text else f"nothing: export {name}=..."
+        found = found if text else f"nothing: export {name}=... or set it in {ENV_FILE}"
         problems.append(f"{name}: expected {expected}, found {found}")
     if {"tls_certificate", "tls_key"} <= settings.keys():
         files = [settings["tls_certificate"], settings["tls_key"]]
@@ -320,7 +321,7 @@ class Spool:
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
 
     def _open(self) -> None:
-        db = sqlite3.connect(self._path, 0, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db = db
         ((version,),) = db.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
@@ -952,7 +953,7 @@ class Server:
 
 # === systemd ======================================================================================
 # What `install` writes; alarmrelay.service in the repository is the same text.
-ENV_FILE, PROGRAM_FILE = "/etc/alarmrelay.env", "/usr/local/bin/alarmrelay.py"
+PROGRAM_FILE = "/usr/local/bin/alarmrelay.py"
 UNIT_FILE = "/etc/systemd/system/alarmrelay.service"
 HARDENING = """
     StateDirectoryMode=0700 UMask=0077
@@ -968,14 +969,13 @@ UNIT = f"""\
 Description=Relay of vManage alarms to a Webex room
 Wants=network-online.target
 After=network-online.target
-AssertPathExists={ENV_FILE}
 # It may fail as often as it likes: alarms are waiting.
 StartLimitIntervalSec=0
 
 [Service]
 Type=notify
 ExecStart=/usr/bin/python3 {PROGRAM_FILE}
-EnvironmentFile={ENV_FILE}
+EnvironmentFile=-{ENV_FILE}
 DynamicUser=yes
 StateDirectory=alarmrelay
 Restart=always

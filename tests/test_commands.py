@@ -139,7 +139,7 @@ def test_check_names_every_setting_that_is_wrong(tmp_path, webex):
     status, lines = checked(environ)
     assert status == 1
     assert [line.split(":")[1].strip() for line in lines] == ["room_id", "time_zone"]
-    assert lines[0].endswith("found nothing: export room_id=...")
+    assert lines[0].endswith("found nothing: export room_id=... or set it in /etc/alarmrelay.env")
 
 
 def test_check_names_the_package_when_there_are_no_time_zones(tmp_path, webex):

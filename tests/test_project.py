@@ -80,7 +80,7 @@ def test_only_what_belongs_stands_at_the_top_level():
         "Type=notify",
         "DynamicUser=yes",
         "StateDirectory=alarmrelay",
-        "EnvironmentFile=/etc/alarmrelay.env",
+        "EnvironmentFile=-/etc/alarmrelay.env",
         "Restart=always",
         "RestartPreventExitStatus=78",
         "StartLimitIntervalSec=0",
