@@ -242,6 +242,17 @@ def run_hardened(host: Host, webex: WebexStandIn) -> None:
     assert state.split() == ["700", "600"], state
 
 
+def run_with_the_addresses_of_the_readme(host: Host, webex: WebexStandIn) -> None:
+    """The README's drop-in for IPAddressAllow= leaves the relay at work."""
+    lines = re.search(r"^ +\[Service\]\n +IPAddressDeny=any\n.*\n", README, re.MULTILINE)[0]
+    host.drop_in(re.sub("^ +", "", lines, flags=re.MULTILINE))
+    host.run("systemctl restart alarmrelay")
+    assert "IPAddressDeny=any" in host.run("systemctl cat alarmrelay")
+    assert post({"message": "from localhost"})[0] == 200
+    webex.wait_for(lambda: "from localhost" in webex.texts()[-1])
+    host.drop_in("")
+
+
 def keep_the_token_in_a_credential(host: Host, webex: WebexStandIn) -> None:
     """With the README's drop-in it is neither in the environment nor in a command line."""
     host.settings(webex, bearer_token=None)
@@ -354,6 +365,7 @@ STORY = [
     check_and_start,
     deliver_the_sample,
     run_hardened,
+    run_with_the_addresses_of_the_readme,
     keep_the_token_in_a_credential,
     restart_and_kill_under_load,
     be_killed_by_the_watchdog,
