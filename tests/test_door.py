@@ -80,8 +80,8 @@ def status_of(relay: Relay, field: str) -> int:
 
 @pytest.fixture
 def hasty(tmp_path, webex):
-    """A relay that waits for nobody for longer than half a second."""
-    limits = {"HEADER_S": 0.5, "BODY_S": 0.5, "IDLE_S": 0.5, "LINGER_S": 0.5, "TICK_S": 0.1}
+    """A relay that waits for nobody for longer than 0.4 seconds."""
+    limits = {"HEADER_S": 0.4, "BODY_S": 0.4, "IDLE_S": 0.4, "LINGER_S": 0.4, "TICK_S": 0.05}
     with Relay(tmp_path, webex.url, limits) as running:
         yield running
 

@@ -124,7 +124,7 @@ def test_handshakes_that_are_held_open_hold_nobody_else(relay, pair):
 
 @pytest.mark.pitfall(2)
 def test_a_handshake_has_a_deadline(tmp_path, webex, pair):
-    with Relay(tmp_path, webex.url, {"HEADER_S": 0.5}, **secured(pair)) as relay:
+    with Relay(tmp_path, webex.url, {"HEADER_S": 0.5, "TICK_S": 0.1}, **secured(pair)) as relay:
         with socket.create_connection(("127.0.0.1", relay.port), 20) as slow:
             slow.sendall(b"\x16\x03\x01")
             while block := slow.recv(1000):  # an alert at most
