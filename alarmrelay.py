@@ -628,18 +628,16 @@ class Courier:
         return wait_s
 
     def run(self) -> None:
-        """Deliver until stopped, or until the spool breaks, which ends the process."""
-        while not self.stopping.is_set() and not self.spool.error:
+        """Deliver until stopped."""
+        while not self.stopping.is_set():
             wait_s: float | None = HOLD_S
             self.due_s = time.monotonic() + STALL_S
-            with guard(f"room {self.room}"), suppress(Refused):  # by the spool, which is broken
+            with guard(f"room {self.room}"), suppress(Refused):  # by a spool that broke: all ends
                 wait_s = self.step()
             self.due_s = math.inf
-            if wait_s is not None and not self.spool.error:
+            if wait_s is not None:
                 self.stopping.wait(wait_s)
-            elif not (
-                self.stopping.is_set() or self.spool.error
-            ):  # set before arrived, which step() clears
+            elif not self.stopping.is_set():  # set before arrived, which step() clears
                 self.arrived.wait()
 
 
@@ -1104,8 +1102,9 @@ def check(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     place = next(path for path in (state, *state.parents) if path.exists())
     free = shutil.disk_usage(place).free
     is_good = place.is_dir() and os.access(place, os.W_OK | os.X_OK) and free >= FREE_BYTES
-    words = f"must be the relay's and have {FREE_BYTES >> 20} MiB free, has {free >> 20}"
-    yield "ok" if is_good else "wrong", f"state directory {state}: {words}"
+    words = f"; must have {FREE_BYTES >> 20} and be writable by the relay's user"
+    words = f"state directory {state}: {free >> 20} MiB free{'' if is_good else words}"
+    yield "ok" if is_good else "wrong", words
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     room = urllib.parse.quote(settings["room_id"], "")
     for name, path in (("bearer_token", "people/me"), ("room_id", f"rooms/{room}")):

@@ -125,8 +125,8 @@ def test_check_says_what_to_do_about_a_directory_that_cannot_be_written(tmp_path
         check=False,
     )
     assert done.returncode == 1
-    words = f"wrong: state directory {tmp_path / 'state'}: must be the relay's and have 16 MiB free"
-    assert words in done.stdout
+    assert f"wrong: state directory {tmp_path / 'state'}: " in done.stdout
+    assert " MiB free; must have 16 and be writable by the relay's user\n" in done.stdout
     (tmp_path / "state").write_text("a file")
     assert (
         f"wrong: state directory {tmp_path / 'state'}: "
