@@ -411,11 +411,11 @@ def main() -> int:
     """Make and run all hosts; return 0 if the story went well on each of them."""
     if len(sys.argv) > 1:
         return tell(int(sys.argv[1]))
-    lacking = [
-        name for name in ("debootstrap", "systemd-nspawn", "nsenter") if not shutil.which(name)
-    ]
+    tools = ("debootstrap", "systemd-nspawn", "nsenter", "pgrep")
+    lacking = [tool for tool in tools if not shutil.which(tool)]
     if lacking or os.geteuid():
-        print(f"this needs root and, on a Debian, {', '.join(lacking) or 'root'}: no host has run")
+        needs = [*lacking, "root"] if os.geteuid() else lacking
+        print(f"no host has run: that needs {', '.join(needs)}, on a Debian or like it")
         return 1
     with concurrent.futures.ThreadPoolExecutor(len(SUITES)) as pool:
         list(pool.map(make, SUITES))

@@ -109,6 +109,16 @@ def test_make_help_lists_every_target():
     assert {line.split()[0] for line in done.stdout.splitlines()} == targets
 
 
+def test_make_test_hosts_fails_and_says_why_where_it_cannot_run():
+    command = [sys.executable, str(Path(__file__).parent / "hosts.py")]
+    done = subprocess.run(
+        command, env={"PATH": "/nonexistent"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("no host has run: that needs debootstrap, systemd-nspawn, ")
+    assert done.stderr == ""
+
+
 def test_make_demo_tells_the_story_and_ends_by_itself(tmp_path):
     environ = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["make", "-s", "demo", f"PYTHON={sys.executable}"]
