@@ -30,6 +30,7 @@ import os
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -55,22 +56,18 @@ log = logging.getLogger("alarmrelay")
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
 HEADER_BYTES, FIELDS = 2**18, 100  # of a request; a password may have 100 KB
 BODY_BYTES, ALARMS = 4 * 2**20, 1000  # of a request; vManage sends one of 8 KB or less
-BLOCK_BYTES, DRAIN_BYTES = 2**16, 2**24  # read at a time; of a refused body at the most
-HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header; for a body, which has credentials
-IDLE_S = 75.0  # between the requests of a connection that has shown credentials; else HEADER_S
+BLOCK_BYTES, DRAIN_BYTES, ANSWER_BYTES = 2**16, 2**24, 2**20  # at a time; if refused; of Webex
+HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header or silence; for a body
+IDLE_S, GUESS_S = 75.0, 1.0  # of silence with credentials; between requests without
 BACKLOG, CONNECTIONS, SPARE_FILES = 1024, 1024, 40  # that the kernel keeps; open; for all else
-GUESS_S, STALL_S = 1.0, 15.0  # between requests without credentials; silent, a thread is stuck
-GRACE_S, LINGER_S = 0.2, 2.0  # a stop waits for requests on their way, an end for its client
-DELAYED_MS = 300_000  # older when it is delivered, an alarm is old news
-DUPLICATE_MS = 600_000  # sooner, the same bytes are a sender's retry
-WAITING_ALARMS = 100_000  # in the spool; beyond it new ones are refused until some are delivered
-FREE_BYTES = 16 * 2**20  # under it the spool takes no new alarm, so that deliveries can be recorded
+STOP_S, GRACE_S, LINGER_S = 10.0, 0.2, 2.0  # of a stop; for what is on its way; for a last word
+DELAYED_MS, DUPLICATE_MS = 300_000, 600_000  # older is old news; sooner, a sender's retry
+WAITING_ALARMS, FREE_BYTES = 100_000, 16 * 2**20  # else new alarms are refused, not deliveries
 TICK_S, RETENTION_STEP = 1.0, 500  # between two status lines, and old alarms deleted in that time
 REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to each of its addresses
-ANSWER_BYTES = 2**20  # read of an answer from Webex; a message comes back as 20 KB at most
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
 PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
-HOLD_S, STOP_S = 60.0, 10.0  # between attempts that need the operator; for what a stop waits for
+HOLD_S, STALL_S = 60.0, 15.0  # between attempts that need the operator; until a thread is stuck
 
 
 # === Errors =======================================================================================
@@ -116,15 +113,6 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
 }
 
 
-def load_tls(certificate: str, key: str) -> ssl.SSLContext:
-    """Return what https is served with, from these PEM files; raise OSError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.load_cert_chain(certificate, key, password="")  # else it would ask for it
-    return context
-
-
 def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -> dict[str, Any]:
     """Return settings by name; raise RelayError with a line for each that is missing or wrong."""
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -149,14 +137,17 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
         found = repr(text[:99]) if shown and "?" not in text else "a hidden value"
         found = found if text else f"nothing: export {name}=... or set it in {ENV_FILE}"
         problems.append(f"{name}: expected {expected}, found {found}")
-    if {"tls_certificate", "tls_key"} <= settings.keys():
-        files = [settings["tls_certificate"], settings["tls_key"]]
-        try:
-            settings["tls"] = load_tls(*files) if any(files) else None
-        except OSError as error:  # ssl.SSLError is one
-            found = " and ".join(file or "nothing" for file in files)
-            found += f" ({getattr(error, 'reason', None) or error.strerror})"
-            problems.append(f"tls_certificate, tls_key: expected a pair as PEM, found {found}")
+    files = certificate, key = settings.get("tls_certificate", ""), settings.get("tls_key", "")
+    settings["tls"] = tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if any(files) else None
+    try:
+        if tls:
+            tls.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
+            tls.options |= ssl.OP_NO_RENEGOTIATION
+            tls.load_cert_chain(certificate, key, password="")  # else it would ask for it
+    except OSError as error:  # ssl.SSLError is one
+        found = " and ".join(file or "nothing" for file in files)
+        found += f" ({getattr(error, 'reason', None) or error.strerror})"
+        problems.append(f"tls_certificate, tls_key: expected a pair as PEM, found {found}")
     if problems:
         raise RelayError("\n".join(problems), exit_status=78)
     return settings
@@ -278,8 +269,9 @@ def plain_text(markdown: str) -> str:
 # Exclusive before WAL: no other process can open the file. In WAL mode FULL is one fsync for each
 # commit, NORMAL would be none (sqlite.org/pragma.html).
 SCHEMA_VERSION = 1  # files without a version, 0, have the same tables
-SCHEMA = f"""
-    PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; BEGIN;
+PRAGMAS = """
+    PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"""
+SCHEMA = f"""BEGIN;
     PRAGMA user_version = {SCHEMA_VERSION};
     CREATE TABLE IF NOT EXISTS alarm (
         id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
@@ -290,6 +282,7 @@ SCHEMA = f"""
 """
 RETRY = {"Retry-After": "30"}  # of what can pass by itself
 DAMAGE = re.compile("malformed|not a database")
+UNDAMAGED = re.compile("locked|full|disk I/O|unable to open")  # any other error at the start is
 INSERT = "INSERT INTO alarm (id, room, received_ms, request, body) VALUES (?, ?, ?, ?, ?)"
 OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm WHERE room = ?
     AND delivered_ms IS NULL AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT 1"""
@@ -310,8 +303,8 @@ class Spool:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 self._open()
-            except sqlite3.DatabaseError as error:
-                if not DAMAGE.search(str(error)):
+            except (sqlite3.Error, TypeError, ValueError) as error:
+                if UNDAMAGED.search(str(error)) or not os.access(self._path, os.W_OK):
                     raise
                 self._move_aside(error)
                 self._open()
@@ -322,11 +315,13 @@ class Spool:
 
     def _open(self) -> None:
         db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
-        self._db = db
+        self._db, db.text_factory = db, lambda text: text.decode(errors="replace")
+        db.executescript(PRAGMAS)
         ((version,),) = db.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise RelayError(f"{self._path} is of a newer relay, version {version}: install that")
-        db.executescript(SCHEMA)
+        if version < SCHEMA_VERSION:  # else there is nothing to write, for which a disk may be full
+            db.executescript(SCHEMA)
         ((self._last_id,),) = db.execute("SELECT ifnull(max(id), 0) FROM alarm")
         ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
         # A relay that was killed between its commit and its answer meets the sender's retry.
@@ -382,6 +377,8 @@ class Spool:
         stored = concurrent.futures.Future[range]()
         self._posted.append((room, request, received_ms, bodies, stored))
         with self._lock:
+            if stored.done():
+                return stored.result()
             rows, batch, recent = [], [], self._recent
             while self._posted:
                 room, request, received_ms, bodies, future = self._posted.popleft()
@@ -591,11 +588,13 @@ class Courier:
     def step(self) -> float | None:
         """Try to deliver the oldest alarm; return the seconds to wait, None for an arrival."""
         self.arrived.clear()  # before the look into the spool, or an arrival in between is missed
-        alarm = self.spool.oldest_waiting(self.room)
-        if alarm is None:
+        if (oldest := self.spool.oldest_waiting(self.room)) is None:
             return None
-        (spool_id, received_ms, body), now_s = alarm, self.clock()
-        message = format_message(DECODER.decode(body), received_ms, int(now_s * 1000), self.zone)
+        (spool_id, received_ms, body), now_s = oldest, self.clock()
+        alarm = {"message": f"This alarm is damaged on disk: {body}"}
+        with suppress(ValueError, TypeError):
+            alarm = DECODER.decode(body)
+        message = format_message(alarm, received_ms, int(now_s * 1000), self.zone)
         verdict = self._send("markdown", message)
         if verdict.kind == "refused":
             log.warning("alarm %d goes again as plain text: %s", spool_id, verdict.reason)
@@ -698,12 +697,6 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
         self.is_amid = True  # a handshake or a request: its client may go on sending
         self.hung_up = ""  # why the server does not listen to it any more
 
-    def hang_up(self, reason: str) -> None:
-        """Let the connection's thread find an end behind what has come in."""
-        self.hung_up = reason
-        with suppress(OSError):  # it has ended; TLS has no say in this
-            socket.socket.shutdown(self.connection, socket.SHUT_RD)
-
     def serve(self) -> None:
         """Answer all requests, and close the connection; raise OSError if it breaks."""
         if tls := self.server.tls:
@@ -782,8 +775,8 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
         is_1_0 = self.request_version == "HTTP/1.0"
         self.close_connection = is_1_0 or "close" in map(str.strip, connection)
-        expected = "" if is_1_0 else self.headers.get("Expect", "")
-        self.awaits_continue = expected.lower() == "100-continue"
+        expected = "" if is_1_0 else self.headers.get("Expect", "").lower()
+        self.awaits_continue = expected == "100-continue"
         return True
 
     def read_line(self, form: re.Pattern[bytes]) -> re.Match[bytes] | None:
@@ -891,28 +884,29 @@ class Server:
                     self._make_room(taken, f"all {taken} are taken")
                 elif poll.poll(1000 * (TICK_S if taken else HEADER_S)):
                     self._accept(listener)
-                self._hang_up(lambda c: time.monotonic() > c.deadline_s)
+                self._hang_up("late", lambda c: time.monotonic() > c.deadline_s)
         listener.close()
         with self._ended:  # what is on its way is still answered
             while not self._ended.wait_for(lambda: not self._connections, GRACE_S):
-                self._hang_up(lambda c: not c.is_amid)
+                self._hang_up("late", lambda c: not c.is_amid)
 
-    def _hang_up(self, is_over: Callable[[Handler], bool]) -> None:
+    def _hang_up(self, reason: str, is_meant: Callable[[Handler], bool]) -> list[str]:
+        """Let the threads of these connections find an end behind what has come in."""
         with self._ended:
-            for connection in filter(is_over, self._connections):
-                connection.hang_up("late")
+            meant = list(filter(is_meant, self._connections))
+            for connection in meant:
+                connection.hung_up = reason
+                with suppress(OSError):  # it has ended; TLS has no say in this
+                    socket.socket.shutdown(connection.connection, socket.SHUT_RD)
+        return [connection.address for connection in meant]
 
     def _make_room(self, taken: int, reason: str) -> None:
         """Hang up on those that have sent no whole header in a second; wait for a place."""
-        before_s = time.monotonic() - TICK_S
+        then = time.monotonic() - TICK_S
+        slow = self._hang_up("full", lambda c: c.since_s < then and not (c.is_trusted or c.hung_up))
+        if slow:
+            log.warning("%d slow connections give way: %s", len(slow), ", ".join({*slow})[:300])
         with self._ended:
-            every = (c for c in self._connections if not (c.is_trusted or c.hung_up))
-            slow = [connection for connection in every if connection.since_s < before_s]
-            for connection in slow:
-                connection.hang_up("in the way")
-            if slow:
-                words = ", ".join({connection.address for connection in slow})[:300]
-                log.warning("%d slow connections give way: %s", len(slow), words)
             if not self._ended.wait_for(lambda: len(self._connections) < taken, TICK_S):
                 log.warning("no connection can be accepted for %g s: %s", TICK_S, reason)
 
@@ -934,14 +928,14 @@ class Server:
                 thread.start()
                 return
             log.warning("%s waits for a thread: the host has no more", connection.address)
-            self.stopping.wait(TICK_S)
+            time.sleep(TICK_S)
 
     def _serve(self, connection: Handler) -> None:
         with guard(connection.address):
             try:
                 connection.serve()
             except OSError as error:
-                if connection.hung_up != "in the way":  # which has been said
+                if connection.hung_up != "full":  # which has been said
                     log.warning("%s is gone unanswered: %s", connection.address, error)
             connection.end()
         with self._ended:
@@ -953,21 +947,20 @@ class Server:
 # What `install` writes; alarmrelay.service in the repository is the same text.
 PROGRAM_FILE = "/usr/local/bin/alarmrelay.py"
 UNIT_FILE = "/etc/systemd/system/alarmrelay.service"
+WANTED_FILE = "/etc/systemd/system/multi-user.target.wants/alarmrelay.service"  # if enabled
 HARDENING = """
-    StateDirectoryMode=0700 UMask=0077
-    AmbientCapabilities= CapabilityBoundingSet= DevicePolicy=closed KeyringMode=private
-    LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes PrivateDevices=yes
-    PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
-    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
-    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict
-    RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
-    SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
+    StateDirectoryMode=0700 UMask=0077 AmbientCapabilities= CapabilityBoundingSet=
+    DevicePolicy=closed KeyringMode=private LockPersonality=yes MemoryDenyWriteExecute=yes
+    NoNewPrivileges=yes PrivateDevices=yes PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes
+    ProcSubset=pid ProtectClock=yes ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes
+    ProtectKernelLogs=yes ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible
+    ProtectSystem=strict RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes
+    RestrictSUIDSGID=yes SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
 UNIT = f"""\
 [Unit]
 Description=Relay of vManage alarms to a Webex room
 Wants=network-online.target
 After=network-online.target
-# It may fail as often as it likes: alarms are waiting.
 StartLimitIntervalSec=0
 
 [Service]
@@ -980,7 +973,6 @@ Restart=always
 RestartSec=1
 # Settings that are wrong do not become right by another start.
 RestartPreventExitStatus=78
-TimeoutStopSec=30
 WatchdogSec=90
 WatchdogSignal=SIGKILL
 # The listening socket, so that no connection is refused during a restart.
@@ -1027,6 +1019,10 @@ def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
             return kept
         kept.close()  # `listen` has changed
         notify(environ, "FDSTOREREMOVE=1", "FDNAME=listen")
+        done, barrier = os.pipe()  # systemd closes it once it has closed the socket
+        notify(environ, "BARRIER=1", descriptors=[barrier])
+        os.close(barrier)
+        select.select([done], [], [], TICK_S)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -1052,15 +1048,15 @@ def preview(path: str, environ: Mapping[str, str]) -> None:
 
 def install(root: str) -> None:
     """Write program and unit below root, and the settings if there are none; print what next."""
-    lines = ['# A value with a space or one of \\ " $ ` # stands between single quotes.']
-    lines += ["# After a change: sudo systemctl restart alarmrelay"]
+    lines = ["# Odd characters stand between '. After a change: sudo systemctl restart alarmrelay"]
     for name, (default, form, _, expected) in SETTINGS.items():
         needed, mark = (", required", "") if not re.fullmatch(form, default) else ("", "#")
         lines += ["", f"# {name}{needed}: {expected}", f"{mark}{name}={default}"]
     files = [(PROGRAM_FILE, Path(__file__).read_text("utf-8"), 0o755), (UNIT_FILE, UNIT, 0o644)]
-    root, verb = root.rstrip("/"), "restart"
+    os.umask(0o022)
+    root = root.rstrip("/")
     if not Path(f"{root}{ENV_FILE}").exists():
-        files, verb = [*files, (ENV_FILE, "\n".join([*lines, ""]), 0o600)], "enable --now"
+        files.append((ENV_FILE, "\n".join([*lines, ""]), 0o600))
     try:
         for name, text, mode in files:
             path, new = Path(f"{root}{name}"), Path(f"{root}{name}.new")
@@ -1068,13 +1064,13 @@ def install(root: str) -> None:
             new.unlink(missing_ok=True)
             new.touch(mode)
             new.write_text(text, "utf-8")
-            new.chmod(mode)  # whatever the umask
             new.rename(path)  # a relay that starts now has the old file or the new one
             say(f"written: {path}")
         if not root:
             subprocess.run(["systemctl", "daemon-reload"], check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise RelayError(f"{error}: install needs root and systemd, or --root DIR") from error
+    verb = "restart" if Path(f"{root}{WANTED_FILE}").is_symlink() else "enable --now"
     say(f"next: sudoedit {ENV_FILE}\n      sudo systemctl {verb} alarmrelay")
 
 
@@ -1082,18 +1078,21 @@ def as_installed(environ: Mapping[str, str]) -> Mapping[str, str]:
     """Return the environment; if there is no setting in it, that of the relay on this host."""
     if SETTINGS.keys() & environ.keys() or not Path(ENV_FILE).exists():
         return environ
-    pairs = re.findall(
-        r"^\s*(\w+)\s*=\s*(['\"]?)(.*?)\2\s*$", Path(ENV_FILE).read_text("utf-8"), re.M
-    )
-    settings = {name: value for name, _, value in pairs}
-    settings["CREDENTIALS_DIRECTORY"] = "/run/credentials/alarmrelay.service"  # while it runs
-    return {"STATE_DIRECTORY": "/var/lib/alarmrelay", **settings, **environ}
+    try:
+        lines = Path(ENV_FILE).read_text("utf-8").splitlines()
+        pairs = [line.partition("=") for line in lines if not re.match(r"\s*([#;]|$)", line)]
+        installed = {name.strip(): " ".join(shlex.split(value)) for name, _, value in pairs}
+    except (OSError, ValueError) as error:
+        raise RelayError(f"{ENV_FILE} cannot be read: {error}: mend it, or use sudo") from error
+    installed["CREDENTIALS_DIRECTORY"] = "/run/credentials/alarmrelay.service"  # while it runs
+    return {"STATE_DIRECTORY": "/var/lib/alarmrelay", **installed, **environ}
 
 
 def check(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield "ok", "warning" or "wrong" with what to do, for each thing that must be right."""
     try:
-        settings = read_settings(environ)
+        os.environ.update(as_installed(environ))  # for https_proxy, SSL_CERT_FILE
+        settings = read_settings(os.environ)
     except RelayError as error:
         yield from (("wrong", line) for line in str(error).splitlines())
         return
@@ -1102,9 +1101,8 @@ def check(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     place = next(path for path in (state, *state.parents) if path.exists())
     free = shutil.disk_usage(place).free
     is_good = place.is_dir() and os.access(place, os.W_OK | os.X_OK) and free >= FREE_BYTES
-    words = f"; must have {FREE_BYTES >> 20} and be writable by the relay's user"
-    words = f"state directory {state}: {free >> 20} MiB free{'' if is_good else words}"
-    yield "ok" if is_good else "wrong", words
+    words = "" if is_good else f"; must have {FREE_BYTES >> 20} and be writable by the relay's user"
+    yield "ok" if is_good else "wrong", f"state directory {state}: {free >> 20} MiB free{words}"
     webex = Webex(settings["webex_url"], settings["bearer_token"])
     room = urllib.parse.quote(settings["room_id"], "")
     for name, path in (("bearer_token", "people/me"), ("room_id", f"rooms/{room}")):
@@ -1146,9 +1144,11 @@ def serve(environ: Mapping[str, str]) -> None:
         if words != said:
             notify(environ, f"STATUS={words}")
         said, wait_s = words, tick_s
+        began_s = time.monotonic()
         spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
-        if "WATCHDOG_USEC" in environ and time.monotonic() < min(server.due_s, courier.due_s):
-            notify(environ, "WATCHDOG=1")  # the spool has just answered
+        is_slow = time.monotonic() > began_s + TICK_S  # the disk: a courier may be waiting for it
+        if "WATCHDOG_USEC" in environ and (is_slow or began_s < min(server.due_s, courier.due_s)):
+            notify(environ, "WATCHDOG=1")
     deadline = time.monotonic() + STOP_S
     courier.stopping.set()  # the send in flight is the last
     courier.arrived.set()
@@ -1181,7 +1181,7 @@ def main() -> int:
         elif arguments.command == "install":
             install(arguments.root)
         elif arguments.command == "check":
-            for word, line in check(as_installed(os.environ)):
+            for word, line in check(os.environ):
                 say(f"{word}: {line}")
                 status |= word == "wrong"
         else:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from harness import PROGRAM, environment
 from test_settings import run
-from test_tls import make_pair
+from test_tls import make_pair, serving
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
 import alarmrelay
-from alarmrelay import SETTINGS, UNIT, as_installed, load_tls
+from alarmrelay import SETTINGS, UNIT, RelayError, as_installed
 
 TOP = PROGRAM.parent
 
@@ -100,7 +100,7 @@ def test_check_says_what_to_do_when_something_else_answers(tmp_path, webex):
 
 def test_check_says_what_to_do_about_a_certificate_that_is_not_trusted(tmp_path):
     pair = make_pair(tmp_path, "localhost")
-    with WebexStandIn(tls=load_tls(*map(str, pair))) as webex:
+    with WebexStandIn(tls=serving(pair)) as webex:
         status, lines = checked(environment(tmp_path, webex.url))
         assert status == 1
         assert "CERTIFICATE_VERIFY_FAILED" in lines[2]
@@ -166,6 +166,16 @@ def test_check_takes_the_settings_of_the_relay_on_this_host(tmp_path, monkeypatc
         "/var/lib/alarmrelay",
     ]
     assert as_installed({"room_id": "mine"}) == {"room_id": "mine"}
+    settings.write_text(
+        "bearer_token=\n\n# next\nroom_id=\nwebhook_username='x'y z\nhttps_proxy=p\n"
+    )
+    found = as_installed({})
+    names = ("bearer_token", "room_id", "webhook_username", "https_proxy")
+    assert [found[name] for name in names] == ["", "", "xy z", "p"]
+    for odd in (b"room_id='x\n", b"room_id=\xff\n"):
+        settings.write_bytes(odd)
+        with pytest.raises(RelayError, match=r"alarmrelay.env cannot be read: .*: mend it, or use"):
+            as_installed({})
 
 
 def install(root: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ import pytest
 from harness import PROGRAM, Relay, basic, environment, head
 from webex_standin import WebexStandIn
 
-from alarmrelay import load_tls
+from alarmrelay import read_settings
 
 README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
@@ -55,6 +55,12 @@ def webex():
 def relay(tmp_path_factory, webex, pair):
     with Relay(tmp_path_factory.mktemp("tls"), webex.url, **secured(pair)) as running:
         yield running
+
+
+def serving(pair: tuple[Path, Path]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+    return context
 
 
 def trusting(pair: tuple[Path, Path]) -> ssl.SSLContext:
@@ -96,7 +102,8 @@ def test_older_tls_is_refused(relay, pair, version):
 
 
 def test_a_client_may_not_ask_for_handshake_after_handshake(pair):
-    assert load_tls(*map(str, pair)).options & ssl.OP_NO_RENEGOTIATION
+    settings = read_settings({**environment(Path(), "http://127.0.0.1"), **secured(pair)})
+    assert settings["tls"].options & ssl.OP_NO_RENEGOTIATION
 
 
 @pytest.mark.pitfall(1)
@@ -261,9 +268,7 @@ def test_plain_text_over_the_network_is_warned_of_once(tmp_path, webex, pair):
 
 @pytest.fixture
 def tls_webex(pair):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*pair)
-    with WebexStandIn(tls=context) as standin:
+    with WebexStandIn(tls=serving(pair)) as standin:
         yield standin
 
 
@@ -284,12 +289,10 @@ def test_a_certificate_that_is_not_trusted_is_named_with_what_to_do(tmp_path, tl
 
 
 def test_a_certificate_for_another_name_is_named_with_what_to_do(tmp_path, pair):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     (tmp_path / "other").mkdir()
-    certificate, key = make_pair(tmp_path / "other", "other.example")
-    context.load_cert_chain(certificate, key)
-    with WebexStandIn(tls=context) as standin:
-        with Relay(tmp_path, standin.url, SSL_CERT_FILE=str(certificate)) as relay:
+    other = make_pair(tmp_path / "other", "other.example")
+    with WebexStandIn(tls=serving(other)) as standin:
+        with Relay(tmp_path, standin.url, SSL_CERT_FILE=str(other[0])) as relay:
             relay.post({"message": "hello"})
             relay.told("delivery failed")
         assert "Hostname mismatch" in relay.log()
