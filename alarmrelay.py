@@ -44,7 +44,7 @@ import urllib.parse
 import urllib.request
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone, tzinfo
 from pathlib import Path
@@ -54,7 +54,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("alarmrelay")
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
-HEADER_BYTES, FIELDS = 2**18, 100  # of a request; a password may have 100 KB
+HEADER_BYTES, FIELDS = 2**17, 100  # of a request; a password may have 100 KB
 BODY_BYTES, ALARMS = 4 * 2**20, 1000  # of a request; vManage sends one of 8 KB or less
 BLOCK_BYTES, DRAIN_BYTES, ANSWER_BYTES = 2**16, 2**24, 2**20  # at a time; if refused; of Webex
 HEADER_S, BODY_S = 10.0, 60.0  # for a TLS handshake, a header or silence; for a body
@@ -137,16 +137,15 @@ def read_settings(environ: Mapping[str, str], names: Iterable[str] = SETTINGS) -
         found = repr(text[:99]) if shown and "?" not in text else "a hidden value"
         found = found if text else f"nothing: export {name}=... or set it in {ENV_FILE}"
         problems.append(f"{name}: expected {expected}, found {found}")
-    files = certificate, key = settings.get("tls_certificate", ""), settings.get("tls_key", "")
-    settings["tls"] = tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if any(files) else None
+    certificate, key = settings.get("tls_certificate", ""), settings.get("tls_key", "")
+    settings["tls"] = tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if certificate + key else None
     try:
         if tls:
             tls.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
             tls.options |= ssl.OP_NO_RENEGOTIATION
             tls.load_cert_chain(certificate, key, password="")  # else it would ask for it
     except OSError as error:  # ssl.SSLError is one
-        found = " and ".join(file or "nothing" for file in files)
-        found += f" ({getattr(error, 'reason', None) or error.strerror})"
+        found = f"{certificate or 'nothing'} and {key or 'nothing'}: {error}"
         problems.append(f"tls_certificate, tls_key: expected a pair as PEM, found {found}")
     if problems:
         raise RelayError("\n".join(problems), exit_status=78)
@@ -265,12 +264,10 @@ def plain_text(markdown: str) -> str:
 
 # === Spool ========================================================================================
 # Only this class touches the database. Every method is one transaction under one lock, and none
-# calls out while holding it. What a method has returned from is on disk.
-# Exclusive before WAL: no other process can open the file. In WAL mode FULL is one fsync for each
-# commit, NORMAL would be none (sqlite.org/pragma.html).
+# calls out while holding it. What a method has returned from is on disk: with WAL, FULL is one
+# fsync for each commit (sqlite.org/pragma.html). EXCLUSIVE before WAL: nobody else opens the file.
 SCHEMA_VERSION = 1  # files without a version, 0, have the same tables
-PRAGMAS = """
-    PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"""
+PRAGMAS = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL"
 SCHEMA = f"""BEGIN;
     PRAGMA user_version = {SCHEMA_VERSION};
     CREATE TABLE IF NOT EXISTS alarm (
@@ -496,8 +493,7 @@ class Webex(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         self._url, self._timeout_s, self._secret = url.rstrip("/"), timeout_s, bearer_token.encode()
         self._headers = {"Content-Type": "application/json"}
         self._headers["Authorization"] = f"Bearer {bearer_token}"
-        # urllib bounds neither a name lookup nor a server that drips: this thread may be late, and
-        # then the next request waits for it. It starts now, when there is sure to be one.
+        # urllib bounds neither lookups nor drips: this thread may be late, and the next one waits.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "webex")
         self._thread.submit(int).result()
 
@@ -641,8 +637,7 @@ class Courier:
 
 
 # === HTTP =========================================================================================
-# Each connection has a thread. What could be read in two ways is refused: so are requests smuggled.
-# Each part of a request has a deadline and a bound as a whole.
+# What could be read in two ways is refused. Each part of a request has a deadline and a bound.
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN)
@@ -691,38 +686,42 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
 
     def __init__(self, connection: socket.socket, address: str, server: Server) -> None:
         self.connection, self.address, self.server = connection, address, server
-        self.since_s = time.monotonic()  # its next request is awaited since then
+        self.since_s = time.monotonic()  # without credentials, or silent with them, since then
         self.deadline_s = self.since_s + HEADER_S  # for what it has to send now, as a whole
         self.is_trusted = False  # has shown credentials
-        self.is_amid = True  # a handshake or a request: its client may go on sending
+        self.is_amid = False  # its client may go on sending
         self.hung_up = ""  # why the server does not listen to it any more
 
     def serve(self) -> None:
         """Answer all requests, and close the connection; raise OSError if it breaks."""
+        self.connection.settimeout(HEADER_S)  # the deadline is for who sends, but too slowly
         if tls := self.server.tls:
             self.connection = tls.wrap_socket(self.connection, True, False)
             self.connection.do_handshake()
         self.rfile: io.BufferedReader = io.BufferedReader(socket.SocketIO(self.connection, "r"))
         self.close_connection, pause_s = False, 0.0
         while not self.close_connection:
-            self.since_s, self.is_amid = time.monotonic(), False
-            self.deadline_s = self.since_s + (IDLE_S if self.is_trusted else HEADER_S)
-            if not self.rfile.peek(1):
+            now_s, self.is_amid = time.monotonic(), False
+            self.since_s = now_s if self.is_trusted else self.since_s
+            self.deadline_s = now_s + (IDLE_S if self.is_trusted else HEADER_S) + TICK_S
+            with suppress(socket.timeout):
+                self.is_amid = bool(self.rfile.peek(1))
+            if not self.is_amid:
                 return
-            self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, True
+            self.deadline_s = time.monotonic() + HEADER_S
             self.handle_one_request()
             if not self.is_trusted:  # the first is free, since some are asked for them
                 self.server.stopping.wait(pause_s)
                 pause_s = GUESS_S
+            self.close_connection |= bool(self.hung_up)
 
     def end(self) -> None:
         """Close the connection so that its client can read the last answer."""
         with self.connection as ended, suppress(OSError):
-            if isinstance(ended, ssl.SSLSocket):
-                ended.settimeout(0)
-                with suppress(OSError):
-                    ended.unwrap()  # a goodbye that waits for none, RFC 8446, 6.1
-                ended.settimeout(None)
+            ended.settimeout(0)
+            with suppress(OSError, AttributeError):  # TLS: a goodbye that waits for none
+                ended.unwrap()  # RFC 8446, 6.1
+            ended.settimeout(LINGER_S)
             ended.shutdown(socket.SHUT_WR)
             # To close while bytes come in is a reset, which can overtake the answer.
             self.deadline_s, left_bytes = time.monotonic() + LINGER_S, DRAIN_BYTES
@@ -739,9 +738,9 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
             self.close_connection |= self.server.stopping.is_set()
             body = read_body(self.rfile, body_length(self.request_version, self.headers))
             self.answer(200, self.respond(body))
-        except (Refused, ConnectionError) as error:
-            refusal = error
-            if self.hung_up == "late":
+        except (Refused, ConnectionError, socket.timeout) as error:
+            refusal, is_cut = error, not isinstance(error, Refused) or error.status == 400
+            if (is_cut and self.hung_up == "late") or isinstance(error, socket.timeout):
                 refusal = Refused(408, "the request came too slowly", Connection="close")
             if not isinstance(refusal, Refused):
                 raise
@@ -750,17 +749,17 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
             self.close_connection |= is_lost
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
         # Read the rest, so that it is certain where the next request begins.
-        self.deadline_s = time.monotonic() + HEADER_S
-        left_bytes = DRAIN_BYTES if self.is_trusted else HEADER_BYTES
+        self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, False  # it has its answer
+        left_bytes, is_whole = DRAIN_BYTES if self.is_trusted else HEADER_BYTES, False
         with suppress(OSError, Refused):
             while not is_lost and left_bytes > 0 and (block := next(body, b"")):
                 left_bytes -= len(block) + 8  # no chunk is free
-            self.is_amid = is_lost or left_bytes <= 0
-        self.close_connection |= self.is_amid
+            is_whole = not is_lost and left_bytes > 0
+        self.is_amid, self.close_connection = not is_whole, self.close_connection or not is_whole
 
     def parse_request(self) -> bool:
         """Read the header; return False if the client has left without a word; raise Refused."""
-        self.headers, self.left_bytes = http.client.HTTPMessage(), HEADER_BYTES
+        self.headers, self.left_bytes = http.client.HTTPMessage(), HEADER_BYTES + 1
         if self.rfile.peek(1)[:1] == b"\x16":  # a handshake; RFC 8446, 5.1
             words = "this is TLS: the URL must begin with http://, or set tls_certificate"
             raise Refused(400, words, Connection="close")
@@ -815,9 +814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
             content += block
             if max(len(content), length) > BODY_BYTES:
                 raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
-        # JSON can take thirty times its size: a storm of large bodies waits in line.
-        with self.server.large if len(content) > BLOCK_BYTES else nullcontext():
-            return self.take(self.server.couriers[self.path], bytes(content))
+        return self.take(self.server.couriers[self.path], bytes(content))
 
     def authorise(self) -> None:
         """Raise Refused unless the request has the credentials (RFC 7617, section 2)."""
@@ -827,6 +824,7 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
         if not secrets.compare_digest(given, self.server.credentials) or scheme.lower() != "basic":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
         self.is_trusted = True
+        self.connection.settimeout(IDLE_S)
 
     def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
         """Store a request's alarms; what this returns may be answered with 200."""
@@ -846,16 +844,13 @@ class Handler(http.server.BaseHTTPRequestHandler):  # a connection, from its acc
     def answer(self, status: int, content: Mapping[str, str], **headers: str) -> None:
         """Send header and body at once: apart, one waits for the other's acknowledgement."""
         body = json.dumps(content).encode()
-        # A client that waits for "100 Continue" may send its body now, or may not.
         self.close_connection |= self.awaits_continue
         closing = "close" if self.close_connection else "keep-alive"
         headers = {"Content-Type": "application/json", **headers, "Connection": closing}
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
         head += f"Content-Length: {len(body)}\r\nDate: {self.date_time_string()}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
-        self.connection.settimeout(HEADER_S)
         self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else body))
-        self.connection.settimeout(None)  # until the deadline
 
 
 class Server:
@@ -864,7 +859,6 @@ class Server:
         self.credentials = hashlib.sha256(base64.b64encode(credentials)).digest()
         self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
         self.tls: ssl.SSLContext | None = settings["tls"]
-        self.large = threading.Lock()  # whoever holds it may read a large body's JSON
         self._connections = set[Handler]()
         self._ended = threading.Condition()  # guards the connections
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
@@ -878,35 +872,44 @@ class Server:
         poll.register(listener, select.POLLIN)
         poll.register(self._stop, 0)  # hangs up at a stop
         while not self.stopping.is_set():
-            self.due_s = time.monotonic() + HEADER_S + STALL_S
+            self._sweep()
             with guard("the door", TICK_S):
                 if (taken := len(self._connections)) >= self._most:
                     self._make_room(taken, f"all {taken} are taken")
                 elif poll.poll(1000 * (TICK_S if taken else HEADER_S)):
                     self._accept(listener)
-                self._hang_up("late", lambda c: time.monotonic() > c.deadline_s)
         listener.close()
         with self._ended:  # what is on its way is still answered
             while not self._ended.wait_for(lambda: not self._connections, GRACE_S):
-                self._hang_up("late", lambda c: not c.is_amid)
+                self._sweep()
 
-    def _hang_up(self, reason: str, is_meant: Callable[[Handler], bool]) -> list[str]:
-        """Let the threads of these connections find an end behind what has come in."""
+    def _hang_up(self, reason: str, connections: Iterable[Handler]) -> None:
+        """Let the threads of these find an end behind what has come in."""
+        for connection in connections:
+            connection.hung_up = reason
+            with suppress(OSError):  # it has ended; TLS has no say in this
+                socket.socket.shutdown(connection.connection, socket.SHUT_RD)
+
+    def _sweep(self) -> None:
+        """Hang up on those that are late, which at a stop are those that have nothing to send."""
+        now_s, is_stop = time.monotonic(), self.stopping.is_set()
+        self.due_s = now_s + HEADER_S + STALL_S
         with self._ended:
-            meant = list(filter(is_meant, self._connections))
-            for connection in meant:
-                connection.hung_up = reason
-                with suppress(OSError):  # it has ended; TLS has no say in this
-                    socket.socket.shutdown(connection.connection, socket.SHUT_RD)
-        return [connection.address for connection in meant]
+            late = {
+                c for c in self._connections if now_s > c.deadline_s or (is_stop and not c.is_amid)
+            }
+            self._hang_up("late", late)
 
     def _make_room(self, taken: int, reason: str) -> None:
-        """Hang up on those that have sent no whole header in a second; wait for a place."""
-        then = time.monotonic() - TICK_S
-        slow = self._hang_up("full", lambda c: c.since_s < then and not (c.is_trusted or c.hung_up))
-        if slow:
-            log.warning("%d slow connections give way: %s", len(slow), ", ".join({*slow})[:300])
+        """Hang up on those without credentials, else on silent ones with them; wait for a place."""
         with self._ended:
+            others = [c for c in self._connections if not c.is_trusted]
+            idle = others or [c for c in self._connections if not c.is_amid]
+            slow = [c for c in idle if c.since_s < time.monotonic() - TICK_S and not c.hung_up]
+            self._hang_up("full", slow)
+            if slow:
+                words = {connection.address for connection in slow}
+                log.warning("%d slow connections give way: %.300s", len(slow), words)
             if not self._ended.wait_for(lambda: len(self._connections) < taken, TICK_S):
                 log.warning("no connection can be accepted for %g s: %s", TICK_S, reason)
 
@@ -927,14 +930,15 @@ class Server:
             with suppress(RuntimeError, MemoryError):
                 thread.start()
                 return
-            log.warning("%s waits for a thread: the host has no more", connection.address)
-            time.sleep(TICK_S)
+            self._sweep()
+            self._make_room(len(self._connections), "the host has no more threads")
 
     def _serve(self, connection: Handler) -> None:
         with guard(connection.address):
             try:
                 connection.serve()
             except OSError as error:
+                connection.is_amid = True
                 if connection.hung_up != "full":  # which has been said
                     log.warning("%s is gone unanswered: %s", connection.address, error)
             connection.end()
@@ -971,7 +975,6 @@ DynamicUser=yes
 StateDirectory=alarmrelay
 Restart=always
 RestartSec=1
-# Settings that are wrong do not become right by another start.
 RestartPreventExitStatus=78
 WatchdogSec=90
 WatchdogSignal=SIGKILL
@@ -993,8 +996,7 @@ class LineFormatter(logging.Formatter):
     def __init__(self, environ: Mapping[str, str]) -> None:
         stderr = os.fstat(2)
         self._is_journal = environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-        start = "" if self._is_journal else "%(asctime)s %(levelname)s "
-        super().__init__(f"{start}%(message)s")
+        super().__init__(("" if self._is_journal else "%(asctime)s %(levelname)s ") + "%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, which no event can make two; for the journal as in sd-daemon(3)."""
@@ -1034,8 +1036,7 @@ def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
 
 # === Commands =====================================================================================
 def say(text: str) -> None:
-    """Print a line in UTF-8, whatever the locale."""
-    os.write(1, f"{text}\n".encode())
+    os.write(1, f"{text}\n".encode())  # in UTF-8, whatever the locale
 
 
 def preview(path: str, environ: Mapping[str, str]) -> None:

@@ -244,6 +244,11 @@ def test_install_again_upgrades_and_leaves_the_settings_alone(tmp_path):
     program.write_text("of yesterday")
     before = program.stat().st_ino
     done = install(root)
+    assert done.stdout.endswith("sudo systemctl enable --now alarmrelay\n")  # still to be done
+    wanted = root / "etc/systemd/system/multi-user.target.wants/alarmrelay.service"
+    wanted.parent.mkdir()
+    wanted.symlink_to("../alarmrelay.service")
+    done = install(root)
     assert (done.returncode, done.stderr) == (0, "")
     assert settings.read_text() == "bearer_token=mine\n"
     assert program.read_bytes() == PROGRAM.read_bytes()

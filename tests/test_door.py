@@ -187,25 +187,44 @@ def test_the_slowest_give_way_when_all_places_are_taken(tmp_path, webex, start):
         assert post_from(relay, OTHER) == 200
         assert status_of(relay, "Threads") <= 50 + 4
         assert not is_open(idle[0])  # the longest silent gave way
-        assert re.search(r" \d+ slow connections give way: 127\.0\.0\.2\n", relay.log())
+        assert re.search(r" \d+ slow connections give way: \{'127\.0\.0\.2'\}\n", relay.log())
         assert "is gone unanswered" not in relay.log()  # one line for all of them
 
 
-def test_neither_a_burst_nor_those_with_credentials_give_way(tmp_path, webex):
+def trusted_clients(relay: Relay, count: int) -> list[Client]:
+    """Return idle clients of which each has posted an alarm."""
+    clients = [Client(relay) for _ in range(count)]
+    OPEN.extend(clients)
+    for number, client in enumerate(clients):
+        client.send(head(Content_Length=len(numbered(number))), numbered(number))
+        assert client.answer()[0] == 200
+    return clients
+
+
+def test_those_with_credentials_give_way_only_if_all_others_have(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"CONNECTIONS": 12, "TICK_S": 0.1}) as relay:
-        trusted = [Client(relay) for _ in range(4)]
-        OPEN.extend(trusted)
-        for number, client in enumerate(trusted):
-            client.send(head(Content_Length=len(numbered(number))), numbered(number))
-            assert client.answer()[0] == 200
+        trusted = trusted_clients(relay, 4)
         silent_clients(relay, 100)
-        assert post_from(relay, OTHER) == 200  # the silent ones gave way to it
-        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        assert post_from(relay, OTHER) == 200
+        assert all(is_open(client.socket) for client in trusted)
+        hang_up()
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:  # of a burst nobody does
             posts = [pool.submit(post_from, relay, NEIGHBOUR, 10 + n) for n in range(40)]
             assert [post.result(30) for post in posts] == [200] * 40
-        for client in trusted:
-            client.send(head("GET /healthz HTTP/1.1"))
-            assert client.answer()[0] == 200
+        idle = trusted_clients(relay, 11)
+        (busy,) = busy_clients(relay, 1)
+        assert post_from(relay, OTHER, 99) == 200
+        assert not is_open(idle[0].socket)
+        busy.send(b"{}")
+        assert busy.answer()[0] == 200
+
+
+def test_requests_without_credentials_hold_no_place_that_another_needs(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"CONNECTIONS": 20, "TICK_S": 0.1}) as relay:
+        for client in silent_clients(relay, 20):
+            client.sendall(head("GET /healthz HTTP/1.1", None) * 100)
+        for number in range(3):
+            assert post_from(relay, OTHER, number) == 200
 
 
 def test_nobody_gives_way_who_has_just_sent_its_request(tmp_path, webex):
@@ -379,20 +398,23 @@ def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex
             client.close()
 
 
-def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex):
+@pytest.mark.pitfall(3)
+@pytest.mark.parametrize("is_silent", [False, True], ids=["busy", "silent"])
+def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex, is_silent):
     with Relay(tmp_path, webex.url) as relay:
         limit(relay, resource.RLIMIT_AS, (status_of(relay, "VmSize") + 40_000) * 1024)
-        busy = busy_clients(relay, 30)  # each thread takes 8 MB of address space
+        # Each thread takes 8 MB of address space.
+        busy = [] if is_silent else busy_clients(relay, 30)
+        silent_clients(relay, 30 if is_silent else 0)
         client = Client(relay, OTHER)
+        OPEN.append(client)
         client.send(head(Content_Length=len(numbered(1))), numbered(1))
-        relay.wait_for_log("waits for a thread")
+        relay.wait_for_log("the host has no more threads")
         for other in busy:
             other.send(b"{}")
         assert client.answer()[0] == 200
-        assert {other.answer()[0] for other in busy} == {200}
-        webex.wait_for(lambda: len(webex.messages) == 2)
-        for other in [client, *busy]:
-            other.close()
+        assert [other.answer()[0] for other in busy] == [200] * len(busy)
+        webex.wait_for(lambda: len(webex.messages) == 2 - is_silent)
 
 
 @pytest.mark.pitfall(14)
@@ -438,12 +460,36 @@ def test_a_stop_answers_requests_in_flight_and_those_on_their_way(tmp_path, webe
 
 
 @pytest.mark.pitfall(14)
-def test_a_stop_does_not_wait_long_for_silent_clients(tmp_path, webex):
-    with Relay(tmp_path, webex.url, {"STOP_S": 3600, "GRACE_S": 0.01}) as relay:
-        silent = silent_clients(relay, 20)
+def test_a_stop_waits_for_a_request_in_flight_but_not_for_who_has_nothing_to_say(tmp_path, webex):
+    limits = {"STOP_S": 3600, "GRACE_S": 0.05, "LINGER_S": 0.3, "TICK_S": 0.1}
+    with Relay(tmp_path, webex.url, limits) as relay:
+        (busy,) = busy_clients(relay, 1)
+        silent = silent_clients(relay, 3)
+        refused, unread = Client(relay, NEIGHBOUR), Client(relay, NEIGHBOUR)
+        OPEN.extend([refused, unread])
+        refused.send(b"no HTTP\r\n")
+        unread.send(head(authorization=None, Content_Length=1000))  # of which nothing comes
+        assert [client.answer()[0] for client in (refused, unread)] == [400, 401]
         assert post_from(relay, OTHER, 99) == 200
-        assert relay.stop() == 0
-        assert not any(map(is_open, silent))
+        relay.terminate()
+        assert not any(connection.recv(1) for connection in silent)
+        assert unread.is_closed()
+        busy.send(b"{}")
+        assert busy.answer()[0] == 200
+        assert relay.process.wait(9) == 0  # a second before HEADER_S
+
+
+def test_a_refusal_by_the_spool_keeps_its_reason_however_late_it_is(tmp_path, webex):
+    fault = """
+import time
+def refuse(*_):
+    time.sleep(0.6)
+    raise alarmrelay.Refused(503, "the disk", **{"Retry-After": "30"})
+alarmrelay.Spool.store = refuse
+"""
+    limits = {"TICK_S": 0.1, "BODY_S": 0.1}
+    with Relay(tmp_path, webex.url, limits, fault) as relay:
+        assert relay.post({}) == (503, {"error": "the disk"})
 
 
 @pytest.mark.pitfall(10)
@@ -455,7 +501,7 @@ def test_a_header_has_a_bound_as_a_whole(relay):
             client.send(b"POST / HTTP/1.1\r\n" + fields.encode())
         status, headers, body = client.answer()
         assert (status, headers["connection"]) == (431, "close")
-        assert "262144" in json.loads(body)["error"]
+        assert "131072" in json.loads(body)["error"]
     with Client(relay) as client:
         client.send(b"POST / HTTP/1.1\r\n" + b"x:\r\n" * 101)
         status, headers, body = client.answer()

@@ -291,6 +291,8 @@ class Systemd:
             self.told.append(text.decode())
             if text == b"FDSTOREREMOVE=1\nFDNAME=listen":
                 os.close(self.kept.pop())
+            if text == b"BARRIER=1":  # everything before it is done
+                os.close(descriptors.pop())
             self.kept += descriptors
         self.told.append("")
         return process

@@ -158,6 +158,22 @@ def test_tls_on_the_plain_port_is_told_apart(tmp_path, webex):
         assert "refused: 400 this is TLS: the URL must begin with http://" in relay.log()
 
 
+def test_who_is_late_over_tls_is_told_and_who_is_idle_gets_a_goodbye(tmp_path, webex, pair):
+    limits = {"HEADER_S": 0.3, "IDLE_S": 0.3, "TICK_S": 0.1}
+    with Relay(tmp_path, webex.url, limits, **secured(pair)) as relay:
+        for part, answer in ((b"POST / HT", b"HTTP/1.1 408 "), (b"", b"")):
+            with socket.create_connection(("127.0.0.1", relay.port), 20) as plain:
+                client = trusting(pair).wrap_socket(
+                    plain, server_hostname="localhost", suppress_ragged_eofs=False
+                )
+                with client:
+                    client.sendall(part)
+                    received = b""
+                    while block := client.recv(1000):  # raises without a close_notify
+                        received += block
+                    assert received[:13] == answer
+
+
 def test_an_answer_ends_with_a_goodbye(relay, pair):
     with socket.create_connection(("127.0.0.1", relay.port), 20) as plain:
         client = trusting(pair).wrap_socket(
@@ -207,8 +223,9 @@ def test_a_certificate_that_cannot_be_served_is_a_settings_error(tmp_path, pair)
         ("/nowhere/c.pem", key, "No such file or directory"),
     ]:
         (line,) = problems(tmp_path, tls_certificate=certificate_given, tls_key=key_given)
-        found = f"{certificate_given or 'nothing'} and {key_given or 'nothing'} ({reason}"
+        found = f"{certificate_given or 'nothing'} and {key_given or 'nothing'}: "
         assert line.startswith(f"tls_certificate, tls_key: expected a pair as PEM, found {found}")
+        assert reason in line
 
 
 def test_a_bad_certificate_is_named_beside_the_other_problems(tmp_path, pair):
@@ -236,7 +253,7 @@ def test_a_key_that_the_relay_may_not_read_is_a_settings_error(tmp_path, pair):
         check=False,
     )
     assert done.returncode == 78
-    assert f"found {certificate} and {key} (Permission denied)" in done.stderr
+    assert f"found {certificate} and {key}: [Errno 13] Permission denied" in done.stderr
 
 
 def test_pem_files_may_come_as_credentials(tmp_path, webex, pair):
