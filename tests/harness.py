@@ -48,7 +48,7 @@ def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def program(limits: dict[str, float], fault: str = "") -> list[str]:
+def program(limits: dict[str, Any], fault: str = "") -> list[str]:
     """Return Python's arguments for the program, with these of its constants and this changed."""
     if not limits:
         return [str(PROGRAM)]

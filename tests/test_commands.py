@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, environment
+from harness import PROGRAM, environment, program
 from test_settings import run
 from test_tls import make_pair, serving
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
@@ -176,6 +176,17 @@ def test_check_takes_the_settings_of_the_relay_on_this_host(tmp_path, monkeypatc
         settings.write_bytes(odd)
         with pytest.raises(RelayError, match=r"alarmrelay.env cannot be read: .*: mend it, or use"):
             as_installed({})
+
+
+def test_check_uses_all_that_is_in_the_settings_of_this_host(tmp_path):
+    pair = make_pair(tmp_path, "localhost")
+    settings = tmp_path / "alarmrelay.env"
+    with WebexStandIn(tls=serving(pair)) as webex:
+        values = environment(tmp_path, webex.url, SSL_CERT_FILE=str(pair[0]), PATH=None)
+        settings.write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
+        command = [sys.executable, "-X", "dev", *program({"ENV_FILE": str(settings)}), "check"]
+        done = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("ok: "), done.stderr) == (0, 4, "")
 
 
 def install(root: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,14 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import time
+from collections.abc import Iterator
+from datetime import timezone
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from harness import Relay, environment
 from test_settings import run
 from webex_standin import Fault
 
-from alarmrelay import SCHEMA_VERSION, Spool
+from alarmrelay import SCHEMA_VERSION, Courier, Refused, Spool
 
 MEBIBYTE = 2**20
 
@@ -120,6 +124,35 @@ def test_on_a_full_disk_each_alarm_is_sent_once_and_recorded_when_there_is_space
     assert relay.process.poll() is None  # all without a restart
 
 
+def test_a_start_on_a_full_disk_delivers_what_waits_and_refuses_the_rest(tmp_path, webex):
+    relay = Relay(tmp_path, webex.url, {"TICK_S": 0.1, "HOLD_S": 0.2})
+    disk = Disk(relay, tmp_path / "state", 40)
+    # It is started again within the same file system.
+    place = relay.command.index("-c") + 1
+    relay.command[place] = relay.command[place].replace('exec "$@"', '{ "$@"; "$@"; }')
+    webex.fault_for = lambda _: Fault(status=404)
+    with relay:
+        shell = relay.process.pid
+        for number in range(3):
+            assert relay.post(numbered(number))[0] == 200
+        disk.leave_free(0)
+        (first,) = children(shell)
+        os.kill(first, signal.SIGKILL)
+        relay.told("READY=1")
+        relay.port = int(re.findall(r" listening on \S+ port (\d+);", relay.log())[-1])
+        assert relay.post(numbered(3))[0] == 503
+        webex.fault_for = lambda _: None
+        relay.told("0 waiting, 3 delivered")
+        assert numbers(webex) == [0, 1, 2]
+        (second,) = children(shell)
+        os.kill(second, signal.SIGTERM)
+        assert relay.process.wait(20) == 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_a_commit_that_finds_the_disk_full_acknowledges_nothing_and_passes(tmp_path, webex):
     """The floor is looked at before; between that and the commit others may have been faster."""
     relay = Relay(tmp_path, webex.url, {"TICK_S": 0.1, "FREE_BYTES": 0})
@@ -173,6 +206,73 @@ def test_a_damaged_file_is_moved_aside_and_the_relay_comes_up(tmp_path, webex, d
     assert aside.read_bytes()[-500:] == damaged[-500:]
     assert f"see {aside}" in relay.log()
     assert "Traceback" not in relay.log()
+
+
+class TakesAll:
+    """In place of the client for Webex."""
+
+    def ask(self, path: str, message: dict[str, str]) -> tuple[int, str, dict[str, str], bytes]:
+        return 200, "OK", {}, b'{"id": "m"}'
+
+
+def lives_until_well(directory: Path) -> int:
+    """Start the relay's parts as systemd would until they deliver all and take an alarm."""
+    for life in range(4):
+        spool = Spool(directory)
+        courier = Courier("/", "room", timezone.utc, spool, TakesAll())
+        with contextlib.suppress(Refused):
+            while courier.step() is not None:
+                pass
+            spool.delete_delivered(1)
+            if not spool.error and spool.store("/", b"new", 1, ["{}"]):
+                spool.close()
+                return life
+        assert spool.error
+        spool.close()
+    raise AssertionError("it does not come up")
+
+
+def damages(data: bytes) -> Iterator[bytes]:
+    dice = random.Random(20261124)
+    for cut in range(1, 4097, 111):  # within the last page, and at its beginning
+        yield data[:-cut]
+    for _ in range(60):
+        place = dice.randrange(200, len(data) - 512)
+        yield data[:place] + dice.randbytes(512) + data[place + 512 :]
+        yield data[:place] + bytes([data[place] ^ dice.randrange(1, 256)]) + data[place + 1 :]
+        page = place // 4096 * 4096
+        yield data[:page] + bytes(4096) + data[page + 4096 :]
+    for place in (*range(16), 19, 20, 47, 56, 59):  # of the header
+        yield data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]
+
+
+def test_no_damage_keeps_the_relay_from_coming_up(tmp_path, caplog):
+    fill(tmp_path / "whole", 40)
+    whole = (tmp_path / "whole" / "alarmrelay.db").read_bytes()
+    state = tmp_path / "state"
+    state.mkdir()
+    for number, data in enumerate(damages(whole)):
+        for left in state.iterdir():
+            left.unlink()
+        caplog.clear()
+        (state / "alarmrelay.db").write_bytes(data)
+        lives = lives_until_well(state)
+        aside = list(state.glob("alarmrelay.db.damaged-*"))
+        assert bool(aside) == ("the spool is damaged" in caplog.text), number
+        assert lives <= 1 + len(aside), number
+
+
+def test_an_alarm_that_is_damaged_on_disk_is_sent_as_what_is_left_of_it(tmp_path, webex):
+    fill(tmp_path / "state", 3)
+    path = tmp_path / "state" / "alarmrelay.db"
+    data = path.read_bytes()
+    assert data.count(b'"message": "number 1"') == 1
+    path.write_bytes(data.replace(b'"message": "number 1"', b'"message: \xff"number 1"'))
+    with Relay(tmp_path, webex.url):
+        webex.wait_for(lambda: len(webex.messages) == 3)
+    assert ["number 0," in webex.texts()[0], "number 2," in webex.texts()[2]] == [True, True]
+    assert "This alarm is damaged on disk: " in webex.texts()[1]
+    assert 'number 1"' in webex.texts()[1]
 
 
 def test_a_file_of_a_newer_version_is_left_alone(tmp_path):

@@ -212,6 +212,34 @@ def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
     spool._db.close()
 
 
+def test_who_is_on_disk_does_not_commit_for_those_that_come_later(spool):
+    execute, by = spool._execute, []
+
+    def slow(*arguments):
+        by.append(threading.current_thread().name)
+        if len(by) == 1:  # while the first commit runs, a third comes
+            threads["third"].start()
+            while len(spool._posted) < 1:
+                threading.Event().wait(0.001)
+        return execute(*arguments)
+
+    def thread(name: str) -> threading.Thread:
+        return threading.Thread(target=spool.store, args=posted(name), name=name)
+
+    threads = {name: thread(name) for name in ("first", "second", "third")}
+    spool._execute = slow
+    with spool._lock:
+        for count, name in enumerate(("first", "second")):
+            threads[name].start()
+            while len(spool._posted) < count + 1:
+                threading.Event().wait(0.001)
+    for one in threads.values():
+        one.join(20)
+    leader = by[0]  # who got the lock first, and committed for both
+    assert leader in ("first", "second")
+    assert by == [leader, "third"]
+
+
 def test_every_request_of_a_failed_commit_hears_of_it(tmp_path):
     spool = Spool(tmp_path)
     spool._db.execute("ALTER TABLE alarm RENAME TO away")
