@@ -305,7 +305,7 @@ class Spool:
                     raise
                 self._move_aside(error)
                 self._open()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, TypeError, ValueError) as error:
             if str(error) == "database is locked":
                 raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
             raise RelayError(f"no spool can be opened in {directory}: {error}") from error
@@ -892,12 +892,10 @@ class Server:
 
     def _sweep(self) -> None:
         """Hang up on those that are late, which at a stop are those that have nothing to send."""
-        now_s, is_stop = time.monotonic(), self.stopping.is_set()
+        now_s, runs = time.monotonic(), not self.stopping.is_set()
         self.due_s = now_s + HEADER_S + STALL_S
         with self._ended:
-            late = {
-                c for c in self._connections if now_s > c.deadline_s or (is_stop and not c.is_amid)
-            }
+            late = [c for c in self._connections if now_s > c.deadline_s or not (runs or c.is_amid)]
             self._hang_up("late", late)
 
     def _make_room(self, taken: int, reason: str) -> None:
@@ -916,11 +914,10 @@ class Server:
     def _accept(self, listener: socket.socket) -> None:
         try:
             client, (host, *_) = listener.accept()
+        except BlockingIOError:  # its client is gone, or it is time to stop
+            return
         except OSError as error:  # the host has no more descriptors or memory
-            if not isinstance(
-                error, BlockingIOError
-            ):  # or its client is gone; or it is time to stop
-                self._make_room(len(self._connections), str(error))
+            self._make_room(len(self._connections), str(error))
             return
         connection = Handler(client, host.removeprefix("::ffff:"), self)  # RFC 4291, 2.5.5.2
         with self._ended:
