@@ -922,10 +922,9 @@ class Server:
         connection = Handler(client, host.removeprefix("::ffff:"), self)  # RFC 4291, 2.5.5.2
         with self._ended:
             self._connections.add(connection)
-        thread = threading.Thread(target=self._serve, args=[connection], daemon=True)
         while True:
-            with suppress(RuntimeError, MemoryError):
-                thread.start()
+            with suppress(RuntimeError, MemoryError):  # a thread that has failed cannot start again
+                threading.Thread(target=self._serve, args=[connection], daemon=True).start()
                 return
             self._sweep()
             self._make_room(len(self._connections), "the host has no more threads")
