@@ -301,7 +301,8 @@ class Spool:
             try:
                 self._open()
             except (sqlite3.Error, TypeError, ValueError) as error:
-                if UNDAMAGED.search(str(error)) or not os.access(self._path, os.W_OK):
+                is_ours = not self._path.exists() or os.access(self._path, os.W_OK)
+                if UNDAMAGED.search(str(error)) or not is_ours:
                     raise
                 self._move_aside(error)
                 self._open()
@@ -313,6 +314,9 @@ class Spool:
     def _open(self) -> None:
         db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db, db.text_factory = db, lambda text: text.decode(errors="replace")
+        path, wal = self._path, Path(f"{self._path}-wal")
+        if wal.exists() and wal.stat().st_size and not (path.exists() and path.stat().st_size):
+            raise ValueError("its -wal stands alone")  # SQLite would throw it away
         db.executescript(PRAGMAS)
         ((version,),) = db.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
