@@ -170,10 +170,15 @@ def test_a_kill_at_this_point_loses_no_answered_alarm(tmp_path, webex, point, fa
     # Only where Webex has taken a message and that is not recorded, it comes twice.
     repeats = {"sent": {1}, "answered": {0, 1}}.get(point, {0})
     assert len(arrived) - len(first) in repeats
-    repeated = {"status": "duplicate"} if point == "committed" else {"status": "accepted"}
-    assert answers == [
-        (200, repeated if number == 4 else {"status": "accepted"}) for number in range(10)
-    ]
+    # The courier may be faster than the answer, which the kill then cuts off.
+    may_be = {
+        "committed": {"duplicate"},
+        **dict.fromkeys(("picked", "sent", "recorded"), {"accepted", "duplicate"}),
+    }
+    assert {status for status, _ in answers} == {200}
+    words = [answer["status"] for _, answer in answers]
+    assert words.pop(4) in may_be.get(point, {"accepted"})
+    assert words == ["accepted"] * 9
 
 
 def died(relay: Relay) -> bool:
