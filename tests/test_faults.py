@@ -173,7 +173,7 @@ def test_a_kill_at_this_point_loses_no_answered_alarm(tmp_path, webex, point, fa
     # The courier may be faster than the answer, which the kill then cuts off.
     may_be = {
         "committed": {"duplicate"},
-        **dict.fromkeys(("picked", "sent", "recorded"), {"accepted", "duplicate"}),
+        **{key: {"accepted", "duplicate"} for key in ("picked", "sent", "recorded")},
     }
     assert {status for status, _ in answers} == {200}
     words = [answer["status"] for _, answer in answers]
