@@ -347,7 +347,7 @@ class Spool:
         if self.waiting >= WAITING_ALARMS:
             raise Refused(503, "too many alarms wait for Webex", **RETRY)
         if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
-            raise Refused(503, f"less than {FREE_BYTES >> 20} MiB of disk are free", **RETRY)
+            raise Refused(503, f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}", **RETRY)
 
     def _execute(self, statement: str, *rows: Sequence[object]) -> list[Any]:
         with self._lock:
@@ -1049,7 +1049,7 @@ def preview(path: str, environ: Mapping[str, str]) -> None:
 
 def install(root: str) -> None:
     """Write program and unit below root, and the settings if there are none; print what next."""
-    lines = ["# Odd characters stand between '. After a change: sudo systemctl restart alarmrelay"]
+    lines = ["# 'Quote odd values so.' After a change: sudo systemctl restart alarmrelay"]
     for name, (default, form, _, expected) in SETTINGS.items():
         needed, mark = (", required", "") if not re.fullmatch(form, default) else ("", "#")
         lines += ["", f"# {name}{needed}: {expected}", f"{mark}{name}={default}"]

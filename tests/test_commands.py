@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import PROGRAM, environment, program
-from test_settings import run
+from test_settings import run, run_as_nobody
 from test_tls import make_pair, serving
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
@@ -111,19 +111,7 @@ def test_check_says_what_to_do_about_a_certificate_that_is_not_trusted(tmp_path)
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_check_says_what_to_do_about_a_directory_that_cannot_be_written(tmp_path, webex):
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
-        path.chmod(0o755)
-    program = tmp_path / PROGRAM.name
-    program.write_bytes(PROGRAM.read_bytes())
-    done = subprocess.run(
-        ["/usr/bin/python3", str(program), "check"],
-        env=environment(tmp_path, webex.url),
-        user=65534,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = run_as_nobody(tmp_path, environment(tmp_path, webex.url), "check")
     assert done.returncode == 1
     assert f"wrong: state directory {tmp_path / 'state'}: " in done.stdout
     assert " MiB free; must have 16 and be writable by the relay's user\n" in done.stdout

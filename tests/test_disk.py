@@ -90,7 +90,7 @@ def test_under_the_floor_new_alarms_are_refused_and_waiting_ones_delivered(disk,
     disk.leave_free(15 * MEBIBYTE)
     status, answer = relay.post(numbered(2))
     assert status == 503
-    assert "16 MiB" in answer["error"]
+    assert answer["error"] == f"under 16 MiB free in {disk.folder}"
     assert health(relay) == 503
     webex.fault_for = lambda _: None
     relay.told("0 waiting, 1 delivered")

@@ -89,6 +89,21 @@ def test_a_slow_webex_a_pause_and_a_hold_are_no_reason_for_the_watchdog(tmp_path
             relay.told("WATCHDOG=1")
 
 
+def test_a_slow_disk_is_no_reason_for_the_watchdog(tmp_path, webex):
+    """A courier that waits for the spool may be late as long as the spool is."""
+    flag = tmp_path / "hang"
+    slow = "alarmrelay.Spool.delete_delivered = lambda *_: threading.Event().wait(0.15)"
+    code = HANG.format(flag=str(flag)) + HANGS["courier"] + "\n" + slow
+    relay = Relay(tmp_path, webex.url, {**WATCHED, "REQUEST_S": 0.2}, code, WATCHDOG_USEC="1500000")
+    with relay:
+        flag.touch()
+        relay.post({"message": "waits"})
+        for _ in range(8):  # of 0.15 s and more, while 0.2 s are a stall
+            relay.told("WATCHDOG=1")
+        assert webex.requests == []
+        relay.kill()
+
+
 def test_without_a_watchdog_there_are_no_pings(relay):
     relay.post({})
     relay.told("1 delivered")

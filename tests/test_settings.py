@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,33 @@ def problems(**changes: str) -> list[str]:
 def run(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-X", "dev", str(PROGRAM), *arguments]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30)
+
+
+def run_as_nobody(
+    folder: Path, environ: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the program in this folder of pytest's as a user without rights."""
+    for path in (folder, *list(folder.parents)[:2]):
+        path.chmod(0o755)
+    program = folder / PROGRAM.name
+    program.write_bytes(PROGRAM.read_bytes())
+    command = ["/usr/bin/python3", str(program), *arguments]
+    return subprocess.run(
+        command, env=environ, user=65534, capture_output=True, text=True, timeout=30
+    )
+
+
+def test_systemd_is_told_why_there_is_no_start():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("")  # the kernel gives it a name, unix(7)
+        systemd.settimeout(20)
+        address = "@" + systemd.getsockname()[1:].decode()
+        assert (
+            run({**GOOD, "room_id": "", "listen": "x", "NOTIFY_SOCKET": address}).returncode == 78
+        )
+        words = systemd.recv(4096).decode()
+    assert words.startswith("STATUS=room_id: expected the id of a Webex room, in one word, found ")
+    assert words.endswith("; listen: expected address:port, found 'x'")
 
 
 def test_the_defaults_are_those_of_the_design():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from harness import PROGRAM, Relay, basic, environment, head
+from test_settings import run_as_nobody
 from webex_standin import WebexStandIn
 
 from alarmrelay import read_settings
@@ -236,22 +237,11 @@ def test_a_bad_certificate_is_named_beside_the_other_problems(tmp_path, pair):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_key_that_the_relay_may_not_read_is_a_settings_error(tmp_path, pair):
-    shutil.copy(PROGRAM, tmp_path)
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
-        path.chmod(0o755)
     certificate, key = (shutil.copy(path, tmp_path) for path in pair)
     Path(key).chmod(0o600)
     Path(certificate).chmod(0o644)
-    environ = environment(tmp_path, "http://127.0.0.1:9/v1", tls_certificate=certificate)
-    done = subprocess.run(
-        ["/usr/bin/python3", str(tmp_path / PROGRAM.name)],
-        env={**environ, "tls_key": key},
-        user=65534,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    files = {"tls_certificate": certificate, "tls_key": key}
+    done = run_as_nobody(tmp_path, environment(tmp_path, "http://127.0.0.1:9/v1", **files))
     assert done.returncode == 78
     assert f"found {certificate} and {key}: [Errno 13] Permission denied" in done.stderr
 
