@@ -291,9 +291,11 @@ class Systemd:
             self.told.append(text.decode())
             if text == b"FDSTOREREMOVE=1\nFDNAME=listen":
                 os.close(self.kept.pop())
-            if text == b"BARRIER=1":  # everything before it is done
-                os.close(descriptors.pop())
-            self.kept += descriptors
+            if text == b"FDSTORE=1\nFDNAME=listen":
+                self.kept += descriptors
+            else:  # as of BARRIER=1, before which everything is done
+                for descriptor in descriptors:
+                    os.close(descriptor)
         self.told.append("")
         return process
 
