@@ -6,10 +6,10 @@ import concurrent.futures
 import gc
 import json
 import logging
+import re
 import socket
 import ssl
 import threading
-import time
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -19,14 +19,15 @@ from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 import alarmrelay
 from alarmrelay import (
     Answer,
+    Client,
     Courier,
     Spool,
     Verdict,
-    Webex,
     judge,
     parse_retry_after,
 )
 
+PAYLOAD = json.dumps({"roomId": ROOM, "markdown": "x"}).encode()
 NOW = START_S = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc).timestamp()
 
 
@@ -34,7 +35,7 @@ def answer(status: int, headers: dict[str, str] | None = None, body: object = No
     content = (
         body if isinstance(body, bytes) else json.dumps(body or {"message": "Words."}).encode()
     )
-    return status, "Reason", headers or {}, content
+    return status, f"{status} Reason", headers or {}, content
 
 
 HELD = [401, 403, 404, 405, 406, 409, 410, 411, 413, 415, 418, 422, 451, 499]
@@ -140,8 +141,9 @@ def clock():
 
 @pytest.fixture
 def courier(spool, webex, clock):
-    zone = ZoneInfo("Europe/Madrid")
-    return Courier("/", ROOM, zone, spool, Webex(webex.url, TOKEN, timeout_s=20), clock=clock)
+    settings = {"time_zone": ZoneInfo("Europe/Madrid"), "vmanage_url": ""}
+    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20)
+    return Courier("/", ROOM, settings, spool, client, clock=clock)
 
 
 def store(spool: Spool, *texts: str) -> None:
@@ -181,7 +183,7 @@ def test_what_is_broken_is_tried_again_after_one_second_doubling(courier, spool,
     waits = [courier.step() for _ in range(3)]
     for wait_s, expected in zip(waits, (1, 2, 4)):
         assert expected * 0.8 <= wait_s <= expected * 1.2
-    assert courier.trouble.startswith("delivery failed: ")
+    assert courier.trouble.startswith("room /: delivery failed: ")
     assert spool.waiting == 2
     assert [courier.step(), courier.step(), courier.step()] == [0.0, 0.0, None]
     assert names(webex) == ["one", "two"]
@@ -231,7 +233,7 @@ def test_a_limit_pauses_the_room_for_as_long_as_webex_says(
     headers = {} if field is None else {"Retry-After": field}
     webex.faults.append(Fault(status=status, headers=headers))
     assert courier.step() == seconds
-    assert courier.trouble.startswith(f"delivery paused: {status} ")
+    assert courier.trouble.startswith(f"room /: delivery paused: {status} ")
     assert courier.step() == 0.0
     assert names(webex) == ["one"]
 
@@ -243,7 +245,7 @@ def test_a_hold_is_tried_again_every_minute_and_logged_when_its_reason_changes(
     store(spool, "one", "two")
     webex.faults.extend([Fault(status=status)] * 4)  # each with a trackingId of its own
     assert [courier.step() for _ in range(4)] == [60.0] * 4
-    assert courier.trouble.startswith(f"delivery held: {status} ")
+    assert courier.trouble.startswith(f"room /: delivery held: {status} ")
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
     assert "says the stand-in" in errors[0].getMessage()
@@ -290,16 +292,49 @@ def test_a_refused_message_goes_once_more_as_plain_text(courier, spool, webex):
     assert "markdown" in webex.messages[1]
 
 
-def test_a_message_refused_in_both_forms_is_held_and_not_dropped(courier, spool, webex):
+def test_an_alarm_refused_in_both_forms_waits_a_minute_and_holds_no_other(
+    courier, spool, webex, clock
+):
     store(spool, "one", "two")
-    webex.faults.extend([Fault(status=400)] * 4)
-    assert [courier.step(), courier.step()] == [60.0, 60.0]
+    webex.faults.extend([Fault(status=400)] * 2)
+    assert [courier.step(), courier.step(), courier.step()] == [1.0, 0.0, None]
     forms = [set(request["content"]) - {"roomId"} for request in webex.requests]
-    assert forms == [{"markdown"}, {"text"}] * 2
-    assert spool.waiting == 2
+    assert forms == [{"markdown"}, {"text"}, {"markdown"}]
+    assert names(webex) == ["two"]
+    assert spool.waiting == 1
+    assert courier.trouble.startswith("room /: delivery refused: 400 ")
+    clock.now_s += 59
+    assert courier.step() is None
+    clock.now_s += 1
+    assert [courier.step(), courier.step()] == [0.0, None]
+    assert names(webex) == ["two", "one"]
+    assert courier.trouble == ""
+    clock.now_s -= 3600
+    store(spool, "three")
+    webex.faults.extend([Fault(status=400)] * 2)
+    courier.step()
+    clock.now_s -= 86_400  # a clock set back sets nothing aside for a day
+    assert courier.step() == 0.0
+    assert names(webex) == ["two", "one", "three"]
+
+
+def test_a_room_in_which_all_is_refused_is_asked_at_a_bounded_pace(courier, spool, webex, clock):
+    store(spool, *(f"number {number}" for number in range(100)))
+    webex.fault_for = lambda _: Fault(status=400)
+    while (wait_s := courier.step()) == 0.0:
+        pass  # a digest, in ever smaller parts
+    began, count = clock.now_s, len(webex.requests)
+    while clock.now_s < began + 300:
+        clock.now_s += wait_s
+        wait_s = courier.step() or 1.0
+    assert len(webex.requests) - count < 10 * 300
+    webex.fault_for = lambda _: None
+    clock.now_s += 60
     while courier.step() is not None:
         pass
-    assert names(webex) == ["one", "two"]
+    assert sorted(int(re.search(r"number (\d+)", text)[1]) for text in webex.alarms()) == [
+        *range(100)
+    ]
 
 
 @pytest.mark.parametrize("between", [Fault(status=503), Fault(status=429), RESET_BEFORE])
@@ -331,24 +366,17 @@ def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(
 def test_a_server_that_hangs_is_cut_off_at_the_deadline(spool, webex):
     release = threading.Event()
     webex.faults.append(Fault(hold=release))
-    answer = Webex(webex.url, TOKEN, timeout_s=0.5).ask(
-        "messages", {"roomId": ROOM, "markdown": "x"}
-    )
+    answer = Client(webex.url, f"Bearer {TOKEN}", timeout_s=0.5).ask("/messages", PAYLOAD)
     release.set()
     assert answer[0] == 0
-    assert answer[1] == "no answer from Webex within 0.5 s"
-
-
-def assert_no_request_stays_behind(client: Webex) -> None:
-    client._thread.submit(int).result(10)  # its only thread is free again
+    assert answer[1] == "no answer within 0.5 s"
 
 
 @pytest.mark.parametrize("drip_body", [False, True])
 def test_a_server_that_drips_is_cut_off_at_the_deadline(webex, drip_body):
     webex.faults.append(Fault(status=200, take=True, drip_s=0.05, drip_body=drip_body))
-    client = Webex(webex.url, TOKEN, timeout_s=0.5)
-    assert client.ask("messages", {"roomId": ROOM, "markdown": "x"})[0] == 0
-    assert_no_request_stays_behind(client)  # the drip would go on for hours
+    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=0.5)
+    assert judge(client.ask("/messages", PAYLOAD), 0, NOW).kind == "failed"
 
 
 @pytest.fixture
@@ -371,53 +399,52 @@ def two_addresses(webex, monkeypatch):
 
 def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, webex, monkeypatch):
     monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.3)
-    answer = Webex(webex.url, TOKEN, timeout_s=20).ask(
-        "messages", {"roomId": ROOM, "markdown": "x"}
-    )
+    answer = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20).ask("/messages", PAYLOAD)
     assert answer[0] == 200
     assert len(webex.messages) == 1
 
 
 def test_a_message_that_nobody_waits_for_any_more_is_not_sent(two_addresses, webex, monkeypatch):
     monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.5)
-    client = Webex(webex.url, TOKEN, timeout_s=0.2)
-    assert client.ask("messages", {"roomId": ROOM, "markdown": "x"})[0] == 0
-    assert_no_request_stays_behind(client)
+    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=0.2)
+    assert client.ask("/messages", PAYLOAD)[0] == 0
     assert webex.requests == []
 
 
-def test_a_request_that_waited_for_a_late_one_for_too_long_is_not_sent(webex, monkeypatch):
-    """Its thread may be in a name lookup for as long as that takes."""
-    found = threading.Event()
-    look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: found.wait(20) and look_up(*a, **k))
-    client = Webex(webex.url, TOKEN, timeout_s=0.4)
-    for number in range(2):
-        assert client.ask("messages", {"roomId": ROOM, "markdown": f"number {number}"})[0] == 0
-    client._timeout_s = 20
+def test_a_message_whose_lookup_took_too_long_is_not_sent(webex, monkeypatch):
+    """Only the system bounds a name lookup."""
+    look_up, asked, found = socket.getaddrinfo, threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        asked.set()
+        assert found.wait(20)
+        return look_up(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=0.2)
+    cut, is_cut = client._cut, threading.Event()
+    monkeypatch.setattr(client, "_cut", lambda: (cut(), is_cut.set()))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        last = pool.submit(client.ask, "messages", {"roomId": ROOM, "markdown": "number 2"})
-        while client._late_s < time.monotonic() + 1:
-            assert not last.done()
+        answer = pool.submit(client.ask, "/messages", PAYLOAD)
+        assert asked.wait(20)
+        assert is_cut.wait(20)
         found.set()
-        assert last.result(20)[0] == 200
-    assert_no_request_stays_behind(client)
-    assert webex.texts() == ["number 2"]
+        assert answer.result(20)[:2] == (0, "no answer within 0.2 s")
+    assert webex.requests == []
+    monkeypatch.undo()
+    assert client.ask("/messages", PAYLOAD)[0] == 200
 
 
 def test_certificates_are_verified():
-    tls = Webex("https://webexapis.com/v1", TOKEN)._tls
+    tls = Client("https://webexapis.com/v1", f"Bearer {TOKEN}").tls
     assert tls.check_hostname
     assert tls.verify_mode == ssl.CERT_REQUIRED
 
 
 def first_bytes_of_a_request_to(url: str, listener: socket.socket) -> bytes:
     thread = threading.Thread(
-        target=Webex(url, TOKEN, timeout_s=5).ask,
-        args=(
-            "messages",
-            {"roomId": ROOM},
-        ),
+        target=Client(url, f"Bearer {TOKEN}", timeout_s=5).ask,
+        args=("/messages", PAYLOAD),
     )
     thread.start()
     connection, _ = listener.accept()
@@ -443,25 +470,29 @@ def test_https_is_spoken_with_tls_and_through_the_proxy(monkeypatch):
 
 
 def test_a_slash_at_the_end_of_the_url_is_not_doubled(webex):
-    Webex(webex.url + "/", TOKEN).ask("messages", {"roomId": ROOM, "markdown": "x"})
+    Client(webex.url + "/", f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
     assert webex.requests[0]["path"] == "/v1/messages"
 
 
 def test_an_arrival_during_the_look_into_the_spool_is_not_missed(courier, spool, monkeypatch):
-    monkeypatch.setattr(spool, "oldest_waiting", lambda _: courier.arrived.set())
+    def arrives(*_):
+        courier.arrived.set()
+        return [], ""
+
+    monkeypatch.setattr(spool, "oldest_waiting", arrives)
     assert courier.step() is None
     assert courier.arrived.is_set()
 
 
 def test_sixty_seconds_are_the_deadline():
-    assert Webex("http://127.0.0.1:9/v1", TOKEN)._timeout_s == 60
+    assert Client("http://127.0.0.1:9/v1", f"Bearer {TOKEN}")._timeout_s == 60
 
 
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:9/v1", "http://localhost:9", "https://127.0.0.1:9/v1"]
 )
 def test_a_webex_that_cannot_be_reached_is_a_failure(url):
-    answer = Webex(url, TOKEN, timeout_s=5).ask("messages", {"roomId": ROOM, "markdown": "x"})
+    answer = Client(url, f"Bearer {TOKEN}", timeout_s=5).ask("/messages", PAYLOAD)
     assert answer[0] == 0
     assert "refused" in answer[1]
     assert judge(answer, 0, NOW).kind == "failed"
@@ -469,18 +500,14 @@ def test_a_webex_that_cannot_be_reached_is_a_failure(url):
 
 def test_an_answer_of_endless_length_is_not_read_to_its_end(webex):
     webex.faults.append(Fault(status=200, body=b'{"id": "' + b"x" * 5_000_000 + b'"}'))
-    answer = Webex(webex.url, TOKEN, timeout_s=20).ask(
-        "messages", {"roomId": ROOM, "markdown": "x"}
-    )
+    answer = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20).ask("/messages", PAYLOAD)
     assert len(answer[3]) == 2**20
     assert judge(answer, 0, NOW).kind == "failed"
 
 
 def test_no_proxy_is_asked_for_a_loopback_address(webex, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    answer = Webex(webex.url, TOKEN, timeout_s=20).ask(
-        "messages", {"roomId": ROOM, "markdown": "x"}
-    )
+    answer = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20).ask("/messages", PAYLOAD)
     assert answer[0] == 200
 
 

@@ -21,7 +21,7 @@ from harness import Relay, environment
 from test_settings import run
 from webex_standin import Fault
 
-from alarmrelay import SCHEMA_VERSION, Courier, Refused, Spool
+from alarmrelay import MIGRATIONS, Courier, Refused, Spool
 
 MEBIBYTE = 2**20
 
@@ -31,7 +31,7 @@ def numbered(number: int) -> dict[str, str]:
 
 
 def numbers(webex) -> list[int]:
-    return [int(text.split("number ")[1].split(",")[0]) for text in webex.texts()]
+    return [int(text.split("number ")[1].split(",")[0]) for text in webex.alarms()]
 
 
 def rows(path: Path, columns: str = "delivered_ms IS NOT NULL") -> list[object]:
@@ -231,7 +231,7 @@ def test_a_wal_without_its_database_is_kept_and_said(tmp_path, webex, is_there):
 class TakesAll:
     """In place of the client for Webex."""
 
-    def ask(self, path: str, message: dict[str, str]) -> tuple[int, str, dict[str, str], bytes]:
+    def ask(self, path: str, payload: bytes) -> tuple[int, str, dict[str, str], bytes]:
         return 200, "OK", {}, b'{"id": "m"}'
 
 
@@ -239,7 +239,8 @@ def lives_until_well(directory: Path) -> int:
     """Start the relay's parts as systemd would until they deliver all and take an alarm."""
     for life in range(4):
         spool = Spool(directory)
-        courier = Courier("/", "room", timezone.utc, spool, TakesAll())
+        settings = {"time_zone": timezone.utc, "vmanage_url": ""}
+        courier = Courier("/", "room", settings, spool, TakesAll())
         with contextlib.suppress(Refused):
             while courier.step() is not None:
                 pass
@@ -299,25 +300,41 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path):
     fill(tmp_path / "state", 1)
     path = tmp_path / "state" / "alarmrelay.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     before = path.read_bytes()
     done = run(environment(tmp_path, "http://127.0.0.1:9/v1"))
     assert done.returncode == 74
-    assert f"is of a newer relay, version {SCHEMA_VERSION + 1}: install that" in done.stderr
+    assert f"is of a newer relay, version {len(MIGRATIONS) + 1}: install that" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert path.read_bytes() == before
 
 
-def test_a_file_from_before_versions_is_taken_over(tmp_path, webex):
-    fill(tmp_path / "state", 3)
-    path = tmp_path / "state" / "alarmrelay.db"
+OLD_TABLES = """
+    CREATE TABLE alarm (
+        id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
+        request BLOB NOT NULL, body TEXT NOT NULL, delivered_ms INTEGER, message_id TEXT);
+    CREATE INDEX waiting ON alarm (room, id) WHERE delivered_ms IS NULL;
+    CREATE INDEX delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL;"""
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_file_of_an_older_version_is_taken_over_with_its_threads(tmp_path, webex, version):
+    path, now_ms = tmp_path / "state" / "alarmrelay.db", int(time.time() * 1000)
+    path.parent.mkdir()
+    raised = json.dumps({"uuid": "r\u00e9al", "message": "down"})
+    row = "INSERT INTO alarm VALUES (?, '/', ?, ?, ?, ?, ?)"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(f"{OLD_TABLES} PRAGMA user_version = {version}")
+        db.execute(row, (1, now_ms, b"1", raised, now_ms, "message-of-old"))
+        db.execute(row, (2, now_ms, b"2", "no JSON", now_ms, "message-of-old-2"))
+        db.execute(row, (3, now_ms, b"3", json.dumps(numbered(3)), None, None))
+    with Relay(tmp_path, webex.url) as relay:
+        relay.post({"uuid": "2", "active": False, "cleared_events": ["r\u00e9al"]})
+        webex.wait_for(lambda: len(webex.messages) == 2)
+    assert [message.get("parentId") for message in webex.messages] == [None, "message-of-old"]
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 0")
-    with Relay(tmp_path, webex.url):
-        webex.wait_for(lambda: len(webex.messages) == 3)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")

@@ -178,66 +178,33 @@ def test_500_idle_clients_of_one_address_do_not_reach_another(relay, drip):
 
 @pytest.mark.pitfall(3)
 @pytest.mark.parametrize("start", [b"", b"P"], ids=["silent", "half"])
-def test_the_slowest_give_way_when_all_places_are_taken(tmp_path, webex, start):
-    with Relay(tmp_path, webex.url, {"CONNECTIONS": 50, "TICK_S": 0.1}) as relay:
+def test_silence_is_borne_for_a_moment_only_when_places_become_few(tmp_path, webex, start):
+    with Relay(tmp_path, webex.url, {"CONNECTIONS": 50, "TICK_S": 0.1, "HEADER_S": 3600}) as relay:
         idle = silent_clients(relay, 200)
         for connection in idle:
             with contextlib.suppress(OSError):
                 connection.sendall(start)
         assert post_from(relay, OTHER) == 200
         assert status_of(relay, "Threads") <= 50 + 4
-        assert not is_open(idle[0])  # the longest silent gave way
-        assert re.search(r" \d+ slow connections give way: \{'127\.0\.0\.2'\}\n", relay.log())
-        assert "is gone unanswered" not in relay.log()  # one line for all of them
-
-
-def trusted_clients(relay: Relay, count: int) -> list[Client]:
-    """Return idle clients of which each has posted an alarm."""
-    clients = [Client(relay) for _ in range(count)]
-    OPEN.extend(clients)
-    for number, client in enumerate(clients):
-        client.send(head(Content_Length=len(numbered(number))), numbered(number))
-        assert client.answer()[0] == 200
-    return clients
-
-
-def test_those_with_credentials_give_way_only_if_all_others_have(tmp_path, webex):
-    with Relay(tmp_path, webex.url, {"CONNECTIONS": 12, "TICK_S": 0.1}) as relay:
-        trusted = trusted_clients(relay, 4)
-        silent_clients(relay, 100)
-        assert post_from(relay, OTHER) == 200
-        assert all(is_open(client.socket) for client in trusted)
+        assert is_open(idle[0])  # of the first half, which may take its time
         hang_up()
-        with concurrent.futures.ThreadPoolExecutor(40) as pool:  # of a burst nobody does
-            posts = [pool.submit(post_from, relay, NEIGHBOUR, 10 + n) for n in range(40)]
-            assert [post.result(30) for post in posts] == [200] * 40
-        idle = trusted_clients(relay, 11)
-        (busy,) = busy_clients(relay, 1)
-        assert post_from(relay, OTHER, 99) == 200
-        assert not is_open(idle[0].socket)
-        busy.send(b"{}")
-        assert busy.answer()[0] == 200
 
 
-def test_requests_without_credentials_hold_no_place_that_another_needs(tmp_path, webex):
-    limits = {"CONNECTIONS": 20, "TICK_S": 0.3, "GUESS_S": 0.05}
-    with Relay(tmp_path, webex.url, limits) as relay:
-        for client in silent_clients(relay, 20):
-            client.sendall(head("GET /healthz HTTP/1.1", None) * 500)
-        for number in range(3):
-            assert post_from(relay, OTHER, number) == 200
-
-
-def test_nobody_gives_way_who_has_just_sent_its_request(tmp_path, webex):
-    with Relay(tmp_path, webex.url, {"CONNECTIONS": 10, "TICK_S": 0.3}) as relay:
-        late = Client(relay, NEIGHBOUR)
-        OPEN.append(late)
-        time.sleep(0.5)  # now it has been silent for longer than that takes
-        relay.process.send_signal(signal.SIGSTOP)  # so that both come at the same time
-        late.send(head(Content_Length=len(numbered(1))), numbered(1))
-        silent_clients(relay, 12)
-        relay.process.send_signal(signal.SIGCONT)
-        assert late.answer()[0] == 200
+def test_a_connection_without_credentials_has_two_answers(relay):
+    wrong = head(authorization=basic(password="guess"), Content_Length=0)
+    with Client(relay) as client:
+        client.send(wrong * 3)
+        answers = [client.answer() for _ in range(2)]
+        assert [status for status, _, _ in answers] == [401] * 2
+        assert [headers["connection"] for _, headers, _ in answers] == ["keep-alive", "close"]
+        assert client.is_closed()
+    body = numbered(2)
+    with Client(relay) as asked:  # and who sends them when asked as many as it likes
+        asked.send(head(authorization=None, Content_Length=0))
+        assert asked.answer()[0] == 401
+        for _ in range(3):
+            asked.send(head(Content_Length=len(body)), body)
+            assert asked.answer()[0] == 200
 
 
 @contextlib.contextmanager
@@ -279,27 +246,6 @@ def test_who_floods_without_credentials_does_not_reach_others(relay):
     assert post_from(relay, NEIGHBOUR, 3) == 200
 
 
-def test_guesses_of_a_password_on_one_connection_take_their_time(tmp_path, webex):
-    with (
-        Relay(tmp_path, webex.url, {"GUESS_S": 3600, "HEADER_S": 3600}) as relay,
-        Client(relay) as client,
-    ):
-        wrong = head(authorization=basic(password="guess"), Content_Length=0)
-        client.send(wrong * 3)
-        assert [client.answer()[0] for _ in range(2)] == [401] * 2
-        assert post_from(relay, OTHER, 1) == 200
-        assert relay.log().count("wrong credentials") == 2  # the third waits
-        body = numbered(2)
-        with Client(relay) as asked:  # and who sends them when asked does not
-            asked.send(head(authorization=None, Content_Length=0))
-            assert asked.answer()[0] == 401
-            for _ in range(3):
-                asked.send(head(Content_Length=len(body)), body)
-                assert asked.answer()[0] == 200
-        relay.terminate()
-        assert relay.process.wait(20) == 0
-
-
 def test_who_waits_for_a_place_is_served_and_never_closed(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"CONNECTIONS": 8, "TICK_S": 0.1}) as relay:
         busy = busy_clients(relay, 8)
@@ -308,7 +254,7 @@ def test_who_waits_for_a_place_is_served_and_never_closed(tmp_path, webex):
         for number, client in enumerate(waiting):
             body = numbered(number)
             client.send(head(Content_Length=len(body), Connection="close"), body)
-        relay.wait_for_log("no connection can be accepted for 0.1 s: all 8 are taken", 2)
+        relay.wait_for_log("no connection can be accepted: all 8 places are taken", 2)
         assert status_of(relay, "Threads") <= 8 + 4
         assert all(is_open(client.socket) for client in busy + waiting)
         for client in busy:
@@ -376,7 +322,8 @@ def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex
             open_now = len(list(Path(f"/proc/{relay.process.pid}/fd").iterdir()))
             limit(relay, resource.RLIMIT_NOFILE, open_now + 10)
         silent_clients(relay, 100)
-        assert post_from(relay, OTHER, 2) == 200  # the silent ones give way, these do not:
+        hang_up()
+        assert post_from(relay, OTHER, 2) == 200
         busy = busy_clients(relay, 20)
         answered = Client(relay, OTHER)
         answered.send(head(Content_Length=len(numbered(3))), numbered(3))  # waits in the kernel
@@ -394,7 +341,7 @@ def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex
         if not descriptors:
             limit(relay, resource.RLIMIT_NOFILE, 1000)
         assert post_from(relay, OTHER, 4) == 200
-        webex.wait_for(lambda: len(webex.messages) == 5)
+        webex.wait_for(lambda: len(webex.alarms()) == 5)
         for client in [answered, *busy]:
             client.close()
 
@@ -402,7 +349,8 @@ def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex
 @pytest.mark.pitfall(3)
 @pytest.mark.parametrize("is_silent", [False, True], ids=["busy", "silent"])
 def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex, is_silent):
-    with Relay(tmp_path, webex.url) as relay:
+    limits = {"TICK_S": 0.1, "HEADER_S": 1.0 if is_silent else 10.0}
+    with Relay(tmp_path, webex.url, limits) as relay:
         limit(relay, resource.RLIMIT_AS, (status_of(relay, "VmSize") + 40_000) * 1024)
         # Each thread takes 8 MB of address space.
         busy = [] if is_silent else busy_clients(relay, 30)
@@ -410,7 +358,7 @@ def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex, i
         client = Client(relay, OTHER)
         OPEN.append(client)
         client.send(head(Content_Length=len(numbered(1))), numbered(1))
-        relay.wait_for_log("the host has no more threads")
+        relay.wait_for_log("no connection can be accepted: can't start new thread")
         for other in busy:
             other.send(b"{}")
         assert client.answer()[0] == 200

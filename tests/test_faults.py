@@ -19,18 +19,18 @@ import threading
 from pathlib import Path
 def hang(owner, name, lock=None):
     real = getattr(owner, name)
-    def wrapped(self, *arguments):
+    def wrapped(self, *arguments, **options):
         if os.path.exists({flag!r}):
             with getattr(self, lock) if lock else threading.Lock():
                 threading.Event().wait()
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
     setattr(owner, name, wrapped)
 """
 HANGS = {
     "courier": "hang(alarmrelay.Courier, 'step')",
     "courier while it sends": "hang(alarmrelay.Courier, '_send')",
     "spool": "hang(alarmrelay.Spool, 'store', '_lock')",
-    "accept loop": "hang(alarmrelay.Server, '_accept')",
+    "accept loop": "hang(alarmrelay.Server, 'accept')",
 }
 WATCHED = {"TICK_S": 0.1, "STALL_S": 0.2, "HEADER_S": 0.2}
 
@@ -84,7 +84,7 @@ def test_a_slow_webex_a_pause_and_a_hold_are_no_reason_for_the_watchdog(tmp_path
         hold.set()
         relay.told("1 delivered")
         relay.post({"message": "paused"})
-        relay.told("delivery paused")
+        relay.told(": delivery paused")
         for _ in range(5):
             relay.told("WATCHDOG=1")
 
@@ -151,7 +151,7 @@ KILLS = {
     "committed": "Traced.after = staticmethod(die)",
     "answered": "around(alarmrelay.Handler, 'answer', after=lambda _: die())",
     "picked": "around(alarmrelay.Spool, 'oldest_waiting', after=lambda found: found and die())",
-    "sent": "around(alarmrelay.Webex, 'ask', after=lambda _: die())",
+    "sent": "around(alarmrelay.Client, 'ask', after=lambda _: die())",
     "recorded": "around(alarmrelay.Spool, 'set_delivered', after=lambda _: die())",
 }
 

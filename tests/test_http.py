@@ -68,8 +68,8 @@ def test_an_array_is_accepted_as_so_many_alarms(relay, webex):
 def test_an_array_is_no_way_around_the_limits(client):
     client.send(post(b"[" + b"{}," * 1000 + b"{}]"))
     status, _, answer = client.answer()
-    assert status == 413
-    assert "1000 alarms" in json.loads(answer)["error"]
+    assert status == 400
+    assert "up to 1000" in json.loads(answer)["error"]
     assert_usable(client)
 
 

@@ -16,7 +16,7 @@ import pytest
 from harness import PAYLOADS, PROGRAM
 
 import alarmrelay
-from alarmrelay import Refused, fit, format_message, parse_alarms, plain_text, show
+from alarmrelay import Alarm, Refused, fit, parse_alarms, plain_text, show
 
 MADRID = ZoneInfo("Europe/Madrid")
 NOON_MS = 1_700_000_000_000  # Tue Nov 14 23:13:20 2023 CET
@@ -25,7 +25,7 @@ RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.
 
 
 def message(alarm: dict, delay_ms: int = 0) -> str:
-    return format_message(alarm, NOON_MS, NOON_MS + delay_ms, MADRID)
+    return Alarm(alarm, NOON_MS).message(NOON_MS + delay_ms, MADRID)
 
 
 def lines(alarm: dict) -> list[str]:
@@ -44,7 +44,7 @@ def unescape(text: str) -> str:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.stem)
 def test_each_sample_gives_its_golden_message(sample):
-    ((_, alarm),) = parse_alarms(sample.read_bytes())
+    alarm = parse_alarms(sample.read_bytes(), 0)[0][1].fields
     golden = sample.with_suffix(".md").read_text(encoding="utf-8")
     assert message(alarm) + "\n" == golden
 
@@ -71,7 +71,7 @@ def test_the_samples_cover_what_vmanage_sends():
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_every_key_and_value_of_a_recorded_alarm_is_shown(path):
-    ((_, alarm),) = parse_alarms(path.read_bytes())
+    alarm = parse_alarms(path.read_bytes(), 0)[0][1].fields
     expected = [
         (" ".join(key.split("\n")), re.sub(r"[\n\r]", " ", value))
         for entry in alarm["values_short_display"]
@@ -112,7 +112,7 @@ def test_the_receive_time_is_local_in_winter_and_summer(receive_time, expected):
 )  # fmt: skip
 def test_a_receive_time_that_is_no_moment_falls_back(receive_time):
     text = f'{{"receive_time": {receive_time}, "entry_time": 1579323421121}}'
-    ((_, alarm),) = parse_alarms(text.encode())
+    alarm = parse_alarms(text.encode(), 0)[0][1].fields
     assert lines(alarm)[2] == "**Receive Time:** Sat Jan 18 05:57:01 2020 CET"
     del alarm["entry_time"]
     assert lines(alarm)[2] == "**Receive Time:** Tue Nov 14 23:13:20 2023 CET"
@@ -321,7 +321,7 @@ def test_mangled_alarms_are_relayed_with_what_is_there():
         if number % 100 == 0:
             mangled = {}
         # As it comes over the wire, and as it comes out of the spool again.
-        ((text, _),) = parse_alarms(json.dumps(mangled).encode())
+        ((text, _),) = parse_alarms(json.dumps(mangled).encode(), 0)
         alarm = alarmrelay.DECODER.decode(text)
         result = message(alarm, dice.choice([0, 10**7]))
         encoded = result.encode()
@@ -340,7 +340,7 @@ def test_mangled_alarms_are_relayed_with_what_is_there():
 def read(body: bytes) -> list[str] | None:
     """Return what the spool would keep, None if the body is refused with a 400."""
     try:
-        return [text for text, _ in parse_alarms(body)]
+        return [text for text, _ in parse_alarms(body, 0)]
     except Refused as refusal:
         return {400: None}[refusal.status]
 
@@ -368,11 +368,11 @@ def test_deep_nesting_is_relayed_or_refused_but_never_taken_and_stuck(depth):
     ],
 )
 def test_what_can_be_read_as_an_alarm_is_one(body, count):
-    taken = parse_alarms(body)
+    taken = parse_alarms(body, 0)
     assert len(taken) == count
     for text, alarm in taken:
         text.encode()  # it can be stored
-        assert alarmrelay.DECODER.decode(text) == alarm
+        assert alarmrelay.DECODER.decode(text) == alarm.fields
 
 
 @pytest.mark.parametrize(
@@ -382,6 +382,6 @@ def test_what_can_be_read_as_an_alarm_is_one(body, count):
 )  # fmt: skip
 def test_what_is_no_alarm_is_refused_with_a_reason(body):
     with pytest.raises(Refused) as caught:
-        parse_alarms(body)
+        parse_alarms(body, 0)
     assert caught.value.status == 400
     assert "expected" in str(caught.value).lower() or "json" in str(caught.value).lower()

@@ -39,7 +39,7 @@ WORKSHOP_MESSAGE = (
 
 def numbers(webex: WebexStandIn) -> list[int]:
     """Return the numbers of the alarms in the room, in the order of their messages."""
-    return [int(re.search(r"number (\d+)", text)[1]) for text in webex.texts()]
+    return [int(re.search(r"number (\d+)", text)[1]) for text in webex.alarms()]
 
 
 def numbered(number: int) -> dict[str, str]:
@@ -75,13 +75,13 @@ def test_every_sample_and_every_recorded_alarm_gets_through_in_order(relay, webe
     paths = list(dict.fromkeys([*SAMPLES, *RECORDED]))
     for path in paths:
         assert relay.post(path.read_bytes()) == (200, {"status": "accepted"})
-    webex.wait_for(lambda: len(webex.messages) == len(paths))
-    for path, text in zip(paths, webex.texts()):
+    webex.wait_for(lambda: len(webex.alarms()) == len(paths))
+    for path, text in zip(paths, webex.alarms()):
         golden = path.with_suffix(".md")
-        if golden.exists():
+        if golden.exists() and text.startswith("Team"):
             assert text + "\n" == golden.read_text(encoding="utf-8")
-        rule = json.loads(path.read_bytes())["rule_name_display"]
-        assert f"**Alarm Event** : {rule.split('*')[0]}" in text
+        rule = json.loads(path.read_bytes())["rule_name_display"].split("*")[0]
+        assert f"**Alarm Event** : {rule}" in text or f" **{rule}" in text
 
 
 def test_every_alarm_leaves_two_lines_in_the_log_and_no_secret(relay, webex):
@@ -113,7 +113,7 @@ def test_a_webex_that_echoes_the_token_puts_it_neither_in_the_log_nor_in_the_sta
     echo = json.dumps({"message": f"Bearer {TOKEN} is not valid"}).encode()
     webex.faults.append(Fault(status=401, body=echo))
     relay.post(numbered(1))
-    assert "Bearer [bearer_token] is not valid" in relay.told("delivery held")
+    assert "Bearer [hidden] is not valid" in relay.told("delivery held")
     assert TOKEN not in relay.log()
 
 
@@ -139,7 +139,7 @@ def test_posts_are_answered_while_webex_hangs(relay, webex):
     webex.wait_for(lambda: webex.requests)
     assert len(webex.requests) == 1  # all hundred were answered while this one is held
     release.set()
-    webex.wait_for(lambda: len(webex.messages) == 100)
+    webex.wait_for(lambda: len(webex.alarms()) == 100)
     assert numbers(webex) == list(range(100))
 
 
@@ -151,7 +151,7 @@ def test_status_tells_waiting_delivered_and_what_holds(relay, webex):
     relay.told("0 waiting, 1 delivered")
     webex.token = "another"
     relay.post(numbered(2))
-    said = relay.told("1 waiting, 1 delivered; delivery held: 401 Unauthorized: ")
+    said = relay.told("1 waiting, 1 delivered; room /: delivery held: 401 Unauthorized: ")
     assert said.startswith("STATUS=listening on ")
     assert "replace bearer_token and restart" in said
     assert "\n" not in said
@@ -172,7 +172,7 @@ def test_an_outage_is_ridden_out_and_the_doubling_wait_is_kept(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"RETRY_S": 0.2}) as relay:
         for number in range(5):
             relay.post(numbered(number))
-        webex.wait_for(lambda: len(webex.messages) == 5)
+        webex.wait_for(lambda: len(webex.alarms()) == 5)
     assert numbers(webex) == list(range(5))
 
 
@@ -352,7 +352,7 @@ def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
     spool = Spool(tmp_path / "state")
     for days in (29, 31):
         spool.store("/", b"%d" % days, now_ms - days * day_ms, ["{}"])
-        spool.set_delivered(spool.oldest_waiting("/")[0], "m", now_ms - days * day_ms)
+        spool.set_delivered("/", "m", now_ms - days * day_ms, spool.oldest_waiting("/", [])[0][0])
     spool.store("/", b"many", now_ms, ["{}"] * 100_000)
     spool.close()
     webex.fault_for = lambda _: Fault(status=401)
@@ -481,8 +481,12 @@ def test_an_answered_alarm_survives_kill_9(tmp_path, webex):
     first_arrivals = [number for number in dict.fromkeys(arrived) if number in set(order)]
     assert first_arrivals == order
     # Beside what was taken and then reset, only the one message in flight at each kill comes twice.
-    repeated = len(arrived) - len(set(arrived))
-    assert repeated <= rounds + used.count(taken_and_reset)
+    repeated, seen = 0, set()
+    for text in webex.texts():
+        said = set(re.findall(r"number (\d+)", text))
+        repeated += bool(said & seen)
+        seen |= said
+    assert repeated <= 2 * (rounds + used.count(taken_and_reset))  # a digest may come in two parts
     assert "Traceback" not in relay.log()
 
 

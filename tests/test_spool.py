@@ -29,7 +29,7 @@ def posted(*bodies: str, request: bytes | None = None, received_ms: int | None =
     """Return what Spool.store() is called with."""
     request = request or b"request %d" % next(NUMBERS)
     at_ms = int(time.time() * 1000) if received_ms is None else received_ms
-    return "/", request, at_ms, bodies or ("{}",)
+    return "/", request, at_ms, [json.dumps({"message": body}) for body in bodies or ("",)]
 
 
 def traced(spool: Spool) -> list[str]:
@@ -41,9 +41,9 @@ def traced(spool: Spool) -> list[str]:
 
 def drain(spool: Spool) -> list[str]:
     bodies = []
-    while (alarm := spool.oldest_waiting("/")) is not None:
-        bodies.append(alarm[2])
-        spool.set_delivered(alarm[0], f"message-{alarm[0]}", alarm[1] + 5)
+    while alarms := spool.oldest_waiting("/", [])[0]:
+        bodies += [alarm.fields["message"] for alarm in alarms]
+        spool.set_delivered("/", f"message-{len(bodies)}", int(time.time() * 1000), *alarms)
     return bodies
 
 
@@ -62,14 +62,13 @@ def test_alarms_come_out_oldest_first_and_once(spool):
     assert spool.waiting == 3
     assert drain(spool) == ["1", "2", "3"]
     assert (spool.waiting, spool.delivered) == (0, 3)
-    assert spool.oldest_waiting("/") is None
+    assert spool.oldest_waiting("/", []) == ([], "")
 
 
 def test_alarms_survive_and_ids_go_on(tmp_path):
     spool = Spool(tmp_path)
     spool.store(*posted("1", "2"))
-    alarm = spool.oldest_waiting("/")
-    spool.set_delivered(alarm[0], "m", 1)
+    spool.set_delivered("/", "m", 1, spool.oldest_waiting("/", [])[0][0])
     spool.close()
     again = Spool(tmp_path)
     assert again.waiting == 1
@@ -156,7 +155,7 @@ def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
 
 def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
     statements = traced(spool)
-    spool.oldest_waiting("/")
+    spool.oldest_waiting("/", [])
     (select,) = [text for text in statements if text.lstrip().startswith("SELECT")]
     spool._db.set_trace_callback(None)
     plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {select}"))
@@ -168,7 +167,7 @@ def test_retention_deletes_delivered_alarms_alone_and_in_small_steps(spool, monk
     monkeypatch.setattr(alarmrelay, "RETENTION_STEP", 3)
     spool.store(*posted(*(str(i) for i in range(10))))
     for at in range(8):
-        spool.set_delivered(spool.oldest_waiting("/")[0], "m", at)
+        spool.set_delivered("/", "m", at, spool.oldest_waiting("/", [])[0][0])
     statements = traced(spool)
 
     def left() -> list[int]:
@@ -192,7 +191,7 @@ def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypat
     assert "Retry-After" in caught.value.headers
     with pytest.raises(Refused):
         spool.check()
-    spool.set_delivered(1, "m", 1)
+    spool.set_delivered("/", "m", 1, spool.oldest_waiting("/", [])[0][0])
     assert list(spool.store(*posted("4"))) == [4]
 
 
@@ -205,7 +204,7 @@ def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
         with pytest.raises(Refused, match="spool") as caught:
             spool.store(*posted("lost"))
         assert caught.value.status == 503
-    for call in (spool.check, lambda: spool.oldest_waiting("/")):
+    for call in (spool.check, lambda: spool.oldest_waiting("/", [])):
         with pytest.raises(Refused):
             call()
     assert spool.error
@@ -213,21 +212,21 @@ def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
 
 
 def test_who_is_on_disk_does_not_commit_for_those_that_come_later(spool):
-    execute, by = spool._execute, []
+    transaction, by = spool._transaction, []
 
-    def slow(*arguments):
+    def slow():
         by.append(threading.current_thread().name)
         if len(by) == 1:  # while the first commit runs, a third comes
             threads["third"].start()
             while len(spool._posted) < 1:
                 threading.Event().wait(0.001)
-        return execute(*arguments)
+        return transaction()
 
     def thread(name: str) -> threading.Thread:
         return threading.Thread(target=spool.store, args=posted(name), name=name)
 
     threads = {name: thread(name) for name in ("first", "second", "third")}
-    spool._execute = slow
+    spool._transaction = slow
     with spool._lock:
         for count, name in enumerate(("first", "second")):
             threads[name].start()

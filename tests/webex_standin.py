@@ -12,6 +12,7 @@ import http.client
 import http.server
 import itertools
 import json
+import re
 import socket
 import ssl
 import struct
@@ -78,6 +79,14 @@ class WebexStandIn:
     def texts(self) -> list[str]:
         """Return what stands in the room, oldest first."""
         return [message.get("markdown", message.get("text")) for message in list(self.messages)]
+
+    def alarms(self) -> list[str]:
+        """Return what is said of each alarm, in a message of its own or a digest's line."""
+        said: list[str] = []
+        for text in self.texts():
+            is_digest = re.match(r"Team, \*\*\d+ alarms\*\* ", text)
+            said += text.split("\n- ")[1:] if is_digest else [text]
+        return said
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 30) -> None:
         """Wait until the condition, which is looked at after each request, holds."""
