@@ -253,7 +253,8 @@ class Alarm:
         last = [self.late(now_ms, "**Delayed:** relayed {} after it came in")]
         if vmanage_url and self.fields.get("uuid"):
             page = urllib.parse.quote(str(self.fields["uuid"])[:99], "", errors="replace")
-            last += [f"[Open in vManage]({vmanage_url}/#/app/monitor/alarms/details/{page})"]
+            root = vmanage_url.rstrip("/")
+            last += [f"[Open in vManage]({root}/#/app/monitor/alarms/details/{page})"]
         return fit(lines, [*filter(None, last)])
 
 

@@ -1,12 +1,18 @@
-"""What the tests share: a Webex to post to, and the program as a child process."""
+"""What the tests share: a Webex to post to, the program as a child process, and its parts."""
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from harness import Relay
-from webex_standin import WebexStandIn
+from webex_standin import ROOM, TOKEN, WebexStandIn
+
+from alarmrelay import Client, Courier, Spool
+
+START_S = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc).timestamp()
 
 
 @pytest.fixture
@@ -19,3 +25,36 @@ def webex():
 def relay(tmp_path: Path, webex: WebexStandIn):
     with Relay(tmp_path, webex.url) as running:
         yield running
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = START_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def spool(tmp_path):
+    spool = Spool(tmp_path / "state")
+    yield spool
+    spool.close()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def courier_of(spool: Spool, webex: WebexStandIn, clock: Clock) -> Courier:
+    settings = {"time_zone": ZoneInfo("Europe/Madrid"), "vmanage_url": ""}
+    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20)
+    return Courier("/", ROOM, settings, spool, client, clock=clock)
+
+
+@pytest.fixture
+def courier(spool, webex, clock):
+    return courier_of(spool, webex, clock)

@@ -10,10 +10,10 @@ import re
 import socket
 import ssl
 import threading
-from datetime import datetime, timedelta, timezone
-from zoneinfo import ZoneInfo
+from datetime import timedelta
 
 import pytest
+from conftest import START_S
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
 import alarmrelay
@@ -28,7 +28,7 @@ from alarmrelay import (
 )
 
 PAYLOAD = json.dumps({"roomId": ROOM, "markdown": "x"}).encode()
-NOW = START_S = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc).timestamp()
+NOW = START_S
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: object = None) -> Answer:
@@ -115,35 +115,6 @@ def test_what_webex_says_stays_one_line_that_can_be_sent_to_systemd():
     assert reason.startswith("401 Reason: no   way READY=1xxx")
     assert reason.isprintable()
     assert len(reason) < 400
-
-
-class Clock:
-    """Time that passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = START_S
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def spool(tmp_path):
-    spool = Spool(tmp_path / "state")
-    yield spool
-    spool.close()
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def courier(spool, webex, clock):
-    settings = {"time_zone": ZoneInfo("Europe/Madrid"), "vmanage_url": ""}
-    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20)
-    return Courier("/", ROOM, settings, spool, client, clock=clock)
 
 
 def store(spool: Spool, *texts: str) -> None:

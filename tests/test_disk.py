@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from harness import Relay, environment
 from test_settings import run
-from webex_standin import Fault
+from webex_standin import ROOM, Fault
 
 from alarmrelay import MIGRATIONS, Courier, Refused, Spool
 
@@ -329,10 +329,11 @@ def test_a_file_of_an_older_version_is_taken_over_with_its_threads(tmp_path, web
         db.execute(row, (1, now_ms, b"1", raised, now_ms, "message-of-old"))
         db.execute(row, (2, now_ms, b"2", "no JSON", now_ms, "message-of-old-2"))
         db.execute(row, (3, now_ms, b"3", json.dumps(numbered(3)), None, None))
+    webex.take({"roomId": ROOM, "markdown": "of old"})["id"] = "message-of-old"
     with Relay(tmp_path, webex.url) as relay:
         relay.post({"uuid": "2", "active": False, "cleared_events": ["r\u00e9al"]})
-        webex.wait_for(lambda: len(webex.messages) == 2)
-    assert [message.get("parentId") for message in webex.messages] == [None, "message-of-old"]
+        webex.wait_for(lambda: len(webex.messages) == 3)
+    assert [message.get("parentId") for message in webex.messages[1:]] == [None, "message-of-old"]
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
 

@@ -179,7 +179,8 @@ def test_500_idle_clients_of_one_address_do_not_reach_another(relay, drip):
 @pytest.mark.pitfall(3)
 @pytest.mark.parametrize("start", [b"", b"P"], ids=["silent", "half"])
 def test_silence_is_borne_for_a_moment_only_when_places_become_few(tmp_path, webex, start):
-    with Relay(tmp_path, webex.url, {"CONNECTIONS": 50, "TICK_S": 0.1, "HEADER_S": 3600}) as relay:
+    limits = {"CONNECTIONS": 50, "TICK_S": 0.1, "HEADER_S": 3600, "LINGER_S": 0.1}
+    with Relay(tmp_path, webex.url, limits) as relay:
         idle = silent_clients(relay, 200)
         for connection in idle:
             with contextlib.suppress(OSError):
@@ -349,7 +350,7 @@ def test_without_descriptors_it_neither_spins_nor_loses_an_alarm(tmp_path, webex
 @pytest.mark.pitfall(3)
 @pytest.mark.parametrize("is_silent", [False, True], ids=["busy", "silent"])
 def test_without_threads_it_waits_for_some_and_loses_no_alarm(tmp_path, webex, is_silent):
-    limits = {"TICK_S": 0.1, "HEADER_S": 1.0 if is_silent else 10.0}
+    limits = {"TICK_S": 0.1, "HEADER_S": 0.5 if is_silent else 10.0}
     with Relay(tmp_path, webex.url, limits) as relay:
         limit(relay, resource.RLIMIT_AS, (status_of(relay, "VmSize") + 40_000) * 1024)
         # Each thread takes 8 MB of address space.

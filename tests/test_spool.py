@@ -18,13 +18,6 @@ from alarmrelay import Refused, Spool
 NUMBERS = itertools.count()
 
 
-@pytest.fixture
-def spool(tmp_path):
-    spool = Spool(tmp_path / "state")
-    yield spool
-    spool.close()
-
-
 def posted(*bodies: str, request: bytes | None = None, received_ms: int | None = None) -> tuple:
     """Return what Spool.store() is called with."""
     request = request or b"request %d" % next(NUMBERS)

@@ -53,6 +53,7 @@ class WebexStandIn:
         self.token = token
         self.rooms = set(rooms)
         self.person = "bot"  # whose token it is, else "person"
+        self.deleted: dict[str, int] = {}  # ids of messages, and the status for a reply to them
         self.faults: collections.deque[Fault] = collections.deque()
         self.fault_for: Callable[[dict[str, Any]], Fault | None] = lambda _: None
         self.messages: list[dict[str, Any]] = []  # those that stand in a room, in order
@@ -123,6 +124,12 @@ class WebexStandIn:
             )
         if content["roomId"] not in self.rooms:
             return 404, "Could not find a room with provided ID."
+        parent = content.get("parentId")
+        there = [
+            message["id"] for message in self.messages if message["roomId"] == content["roomId"]
+        ]
+        if parent is not None and (parent in self.deleted or parent not in there):
+            return self.deleted.get(parent, 404), "Could not find the parent message."
         texts = [content[key] for key in ("markdown", "text") if content.get(key)]
         if not texts:
             return 400, "One of the following must be non-empty: text, file, or meetingId"
