@@ -1098,8 +1098,9 @@ def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     content = json.dumps({**json.loads(SAMPLE), **sample}).encode()
     content = Path(path).read_bytes() if path else content
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
-    host = "localhost" if ipaddress.ip_address(host).is_unspecified else host
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "::1" if ":" in host else "127.0.0.1"
+    url = f"{scheme}://[{host}]:{port}"
     relay = Client(url, f"Basic {settings['credentials'].decode()}")
     relay.tls.check_hostname, relay.tls.verify_mode = False, ssl.CERT_NONE  # it is this host
     os.environ["no_proxy"] = "*"

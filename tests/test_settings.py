@@ -81,6 +81,9 @@ def test_the_defaults_are_those_of_the_design():
         ("webhook_password", "a: b ñ 🔑", "a: b ñ 🔑"),
         ("webhook_username", " cleur\n", "cleur"),
         ("retention_days", "", 30),
+        ("vmanage_url", "", ""),
+        ("vmanage_url", "http://vmanage_1:8443", "http://vmanage_1:8443"),
+        ("vmanage_url", "https://[2001:db8::1]/x/", "https://[2001:db8::1]/x/"),
     ],
 )
 def test_good_values_are_taken(name, text, value):
@@ -112,6 +115,12 @@ def test_good_values_are_taken(name, text, value):
         ("webex_url", "https://webexapis.com:abc/v1"),
         ("webex_url", "https:///v1"),
         ("webex_url", "https://webexäpis.com/v1"),
+        ("vmanage_url", "vmanage.example"),
+        ("vmanage_url", "ftp://vmanage.example"),
+        ("vmanage_url", "https://vmanage.example/) [x"),
+        ("vmanage_url", "https://vmanage.example/#/app"),
+        ("vmanage_url", "javascript:alert(1)"),
+        ("vmanage_url", "https://"),
         ("retention_days", "0"),
         ("retention_days", "-1"),
         ("retention_days", "1.5"),
@@ -143,6 +152,30 @@ def test_a_secret_is_never_shown(name, text):
     assert line.startswith(f"{name}: expected ")
     assert "s3cr3t" not in line
     assert "a hidden value" in line
+
+
+def test_rooms_are_found_in_the_environment_and_among_the_credentials(tmp_path):
+    for name, text in {"room_id_b": "of-b\n", "room_id_both": "credential", "other": "x"}.items():
+        (tmp_path / name).write_text(text)
+    rooms = {"room_id_a_1": "of-a", "room_id_both": "variable", "room_id_empty": " "}
+    found = read_settings({**GOOD, **rooms, "CREDENTIALS_DIRECTORY": str(tmp_path)})["rooms"]
+    expected = {"room_id_a_1": "of-a", "room_id_b": "of-b", "room_id_both": "credential"}
+    assert found == {"room_id": GOOD["room_id"], **expected}
+    assert read_settings(GOOD)["rooms"] == {"room_id": GOOD["room_id"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["Ops", "a-b", "ä", "healthz", "metrics", "", "a/b", "NAME", "a b"]
+)
+def test_a_room_whose_name_is_no_path_is_named(name):
+    (line,) = problems(**{f"room_id_{name}": "some-room"})
+    assert line.startswith(f"room_id_{name}: expected id of one more room, for alarms to /NAME")
+    assert "some-room" not in line
+
+
+def test_a_room_is_one_word():
+    (line,) = problems(room_id_ops="two words")
+    assert line.startswith("room_id_ops: expected id of one more room")
 
 
 def test_a_user_name_with_a_colon_is_refused():
