@@ -1010,6 +1010,7 @@ def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
             return kept
         kept.close()  # `listen` has changed
         notify(environ, "FDSTOREREMOVE=1", "FDNAME=listen")
+        time.sleep(TICK_S)  # until systemd has closed it as well
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -1100,7 +1101,7 @@ def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
     if ipaddress.ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
-    url = f"{scheme}://[{host}]:{port}"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     relay = Client(url, f"Basic {settings['credentials'].decode()}")
     relay.tls.check_hostname, relay.tls.verify_mode = False, ssl.CERT_NONE  # it is this host
     os.environ["no_proxy"] = "*"

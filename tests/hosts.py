@@ -179,7 +179,7 @@ def install(host: Host, webex: WebexStandIn) -> None:
     """scp, sudo python3 alarmrelay.py install."""
     host.write("/root/alarmrelay.py", PROGRAM.read_text(encoding="utf-8"))
     said = host.run("cd /root && python3 alarmrelay.py install")
-    assert said.endswith("sudo systemctl enable --now alarmrelay\n"), said
+    assert said.endswith("sudo systemctl enable alarmrelay && sudo systemctl restart alarmrelay\n")
     modes = host.run("stat -c '%a %U' /etc/alarmrelay.env /usr/local/bin/alarmrelay.py")
     assert modes == "600 root\n755 root\n", modes
 
@@ -227,6 +227,12 @@ def deliver_the_sample(host: Host, webex: WebexStandIn) -> None:
     late = "<br>**Delayed:**"
     assert webex.texts()[0].split(late)[0] == golden.strip().split(late)[0]
     until(lambda: "1 delivered" in host.show("StatusText"), "the status does not follow")
+    said = host.run("cd /tmp && /usr/local/bin/alarmrelay.py send")  # with the settings of the host
+    assert said == '200 {"status": "accepted"}\n', said
+    host.write("/tmp/alarm.json", '{"message": "of a file"}')
+    host.run("cd /tmp && /usr/local/bin/alarmrelay.py send alarm.json")
+    webex.wait_for(lambda: len(webex.messages) == 3)
+    assert "of a file" in webex.texts()[-1]
     assert " taken: room=/ rule='System_Reboot_Issued'" in host.journal()
 
 
