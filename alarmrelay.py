@@ -222,7 +222,7 @@ class Alarm:
         is_thing = bool(values) and way == ("Up" if is_clear else "Down")
         thing = {"up" if is_clear else "down": json.dumps([rule, *values]) if is_thing else None}
         keys = {"uuid": uuid or None, "clears": json.dumps(clears), "up": None, "down": None}
-        return {**keys, **thing}
+        return keys | thing
 
     def late(self, now_ms: int, words: str) -> str:
         """Return the words with its age as `14 min` or `3 h`, nothing while it is no old news."""
@@ -242,8 +242,8 @@ class Alarm:
         pairs = [f"{show(key).strip()} {show(value)}" for key, value in self.values()]
         return ", ".join([f"- {mark} **{name.strip()}** : {text}", self.time(zone), *pairs])
 
-    def message(self, now_ms: int, zone: tzinfo, vmanage_url: str = "") -> str:
-        """Return its own message."""
+    def message(self, now_ms: int, zone: tzinfo, url: str = "", limit: int = MESSAGE_BYTES) -> str:
+        """Return its own message, with a link to vManage at this address, of so many bytes."""
         name, text, mark, severity = self.head()
         first = f"Team, **Alarm Event** : {name}, **Message** : {text}, "
         first += "is received from vManage and here are the complete details"
@@ -251,11 +251,10 @@ class Alarm:
         lines = [first, f"**Severity:** {mark} {severity}", f"**Receive Time:** {self.time(zone)}"]
         lines += [f" **{show(key).strip()}:** {show(value)}" for key, value in self.values()]
         last = [self.late(now_ms, "**Delayed:** relayed {} after it came in")]
-        if vmanage_url and self.fields.get("uuid"):
+        if url and self.fields.get("uuid"):
             page = urllib.parse.quote(str(self.fields["uuid"])[:99], "", errors="replace")
-            root = vmanage_url.rstrip("/")
-            last += [f"[Open in vManage]({root}/#/app/monitor/alarms/details/{page})"]
-        return fit(lines, [*filter(None, last)])
+            last += [f"[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"]
+        return fit(lines, [*filter(None, last)], limit)
 
 
 def parse_alarms(body: bytes, received_ms: int) -> list[tuple[str, Alarm]]:
@@ -272,13 +271,13 @@ def parse_alarms(body: bytes, received_ms: int) -> list[tuple[str, Alarm]]:
     return [(text, Alarm(alarm, received_ms)) for text, alarm in zip(texts, alarms)]
 
 
-def fit(lines: Sequence[str], last: Sequence[str]) -> str:
-    """Return the lines, and `last` in any case, as one message of at most MESSAGE_BYTES."""
+def fit(lines: Sequence[str], last: Sequence[str], limit: int = MESSAGE_BYTES) -> str:
+    """Return the lines, and `last` in any case, as one message of so many bytes of UTF-8."""
     whole = "<br>".join([*lines, *last])
-    if len(whole.encode()) <= MESSAGE_BYTES:
+    if len(whole.encode()) <= limit:
         return whole
     end = "".join(f"<br>{line}" for line in last)
-    left = MESSAGE_BYTES - len(f"{end}<br>… ({len(lines)} more lines)".encode())
+    left = limit - len(f"{end}<br>… ({len(lines)} more lines)".encode())
     text = ("<br>".join(lines) + "<br>").encode()[:left].decode(errors="ignore")
     text, is_cut_between_lines, _ = text.rpartition("<br>")  # escaped text holds no other <br>
     if not is_cut_between_lines:
@@ -292,7 +291,7 @@ def format_digest(alarms: Sequence[Alarm], now_ms: int, zone: tzinfo) -> tuple[s
     first = f"Team, **{{}} alarms** are received from vManage{late}:"
     for alarm in alarms:
         lines.append(alarm.line(zone))
-        if len("\n".join([first, *lines]).encode()) > MESSAGE_BYTES:
+        if len("\n".join([first.format(len(lines)), *lines]).encode()) > MESSAGE_BYTES:
             lines.pop()
             break
     return "\n".join([first.format(len(lines)), *lines]), len(lines)
@@ -318,8 +317,7 @@ MIGRATIONS = (
     CREATE INDEX IF NOT EXISTS waiting ON alarm (room, id) WHERE delivered_ms IS NULL;
     CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL""",
     """ALTER TABLE alarm ADD COLUMN uuid TEXT; ALTER TABLE alarm ADD COLUMN down TEXT;
-    UPDATE alarm SET uuid = json_extract(body, '$.uuid') WHERE message_id > '' AND json_valid(body);
-    CREATE INDEX request ON alarm (request);
+    CREATE INDEX request ON alarm (request); CREATE INDEX message ON alarm (message_id);
     CREATE INDEX uuid ON alarm (uuid, room) WHERE uuid IS NOT NULL;
     CREATE INDEX down ON alarm (down, room) WHERE down IS NOT NULL""",
 )
@@ -328,6 +326,7 @@ DAMAGE = re.compile("malformed|not a database")
 UNDAMAGED = re.compile("locked|full|disk I/O|unable to open|readonly")  # at the start, else it is
 FIND_REQUEST = "SELECT id FROM alarm WHERE request = ? AND received_ms BETWEEN ? AND ?"
 INSERT = "INSERT INTO alarm (room, request, received_ms, body) VALUES (?, ?, ?, ?)"
+ROOMS = "SELECT room, count(*) FROM alarm WHERE delivered_ms IS NULL GROUP BY room"
 OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm WHERE room = ? AND
     delivered_ms IS NULL AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"""
 SET_DELIVERED = """UPDATE alarm SET delivered_ms = :delivered_ms, message_id = :message_id,
@@ -373,10 +372,10 @@ class Spool:
             raise RelayError(f"{self._path} is of a newer relay, version {version}: install that")
         for number, migration in [*enumerate(MIGRATIONS, 1)][version:]:
             db.executescript(f"BEGIN; {migration}; PRAGMA user_version = {number}; COMMIT")
-        ((self.waiting,),) = db.execute("SELECT count(*) FROM alarm WHERE delivered_ms IS NULL")
+        self.rooms = dict(db.execute(ROOMS).fetchall())
+        self.waiting = sum(self.rooms.values())
 
     def _move_aside(self, error: Exception) -> None:
-        """Rename the damaged file, so that the next one to be opened is new."""
         aside = f"{self._path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
         log.error("the spool is damaged (%s), what waited in it may be lost: see %s", error, aside)
         self._db.close()
@@ -456,12 +455,10 @@ class Spool:
             cleared = found and db.execute(CLEARED, {"room": room, **found[0].threads()}).fetchone()
         return found, cleared[2] if cleared else ""
 
-    def set_gone(self, message_id: str) -> None:
-        """Record that a message was deleted in Webex, so that no clear is a reply to it."""
+    def set_gone(self, gone: str) -> None:
+        """Record that the message with this id was deleted, so that no clear is a reply to it."""
         with suppress(Refused), self._transaction() as db:
-            db.execute(
-                "UPDATE alarm SET uuid = NULL, down = NULL WHERE message_id = ?", [message_id]
-            )
+            db.execute("UPDATE alarm SET uuid = NULL, down = NULL WHERE message_id = ?", [gone])
 
     def set_delivered(self, room: str, message_id: str, delivered_ms: int, *alarms: Alarm) -> None:
         """Record that alarms stand in the room, in the Webex message with this id."""
@@ -476,7 +473,8 @@ class Spool:
         with suppress(Refused):  # later, then; until then they are not sent again
             with self._transaction() as db:
                 for delivery in self._unrecorded.values():  # in their order: down, up, down again
-                    cleared = [(spool_id,) for _, spool_id, _ in db.execute(CLEARED, delivery)]
+                    found = db.execute(CLEARED, delivery).fetchall()  # by uuid, else by what is up
+                    cleared = [(spool_id,) for rank, spool_id, _ in found if rank == found[0][0]]
                     db.executemany("UPDATE alarm SET down = NULL WHERE id = ?", cleared)
                     db.execute(SET_DELIVERED, delivery)
             self._unrecorded.clear()
@@ -635,33 +633,33 @@ class Courier:
         """Try to deliver what came first; return the seconds to wait, None for an arrival."""
         self.arrived.clear()  # before the look into the spool, or an arrival in between is missed
         now_ms, zone = int(self.clock() * 1000), self.settings["time_zone"]
-        aside = [i for i, due_ms in self.aside.items() if 0 < due_ms - now_ms <= HOLD_S * 1000]
-        waiting, parent = self.spool.oldest_waiting(self.room, aside)
-        if not waiting:
-            return None
+        waiting, parent = self.spool.oldest_waiting(self.room, self.aside)
+        if not waiting:  # then those that Webex has refused, one at a time, each once in a minute
+            aside = [i for i, due_ms in self.aside.items() if 0 < due_ms - now_ms <= HOLD_S * 1000]
+            waiting, parent = self.spool.oldest_waiting(self.room, aside)
+            if not (waiting := waiting[:1]):
+                return None
         message, count = format_digest(waiting[: self.most], now_ms, zone)
         if len(waiting) > SINGLY and count > 1:
             return self._conclude(waiting[:count], self._send(markdown=message))
-        alarm = waiting[0]
-        message = alarm.message(now_ms, zone, self.settings["vmanage_url"])
-        verdict = self._send(markdown=message, parentId=parent)
-        if parent and verdict.status in (400, 404):
-            log.warning("alarm %d goes again at the top level: %s", alarm.spool_id, verdict.reason)
-            verdict = self._send(markdown=message)
-            if verdict.kind not in ("held", "refused"):  # else it is not the parent that is wrong
-                self.spool.set_gone(parent)
+        alarm, look = waiting[0], (now_ms, zone, self.settings["vmanage_url"])
+        verdict = self._send(parent, markdown=alarm.message(*look))
         if verdict.kind == "refused":
             log.warning("alarm %d goes again as plain text: %s", alarm.spool_id, verdict.reason)
-            verdict = self._send(text=plain_text(message))
+            verdict = self._send(parent, text=plain_text(alarm.message(*look, PLAIN_TEXT_BYTES)))
         return self._conclude([alarm], verdict)
 
-    def _send(self, **message: str) -> Verdict:
+    def _send(self, parent: str = "", **content: str) -> Verdict:
         self.due_s = time.monotonic() + 5 * REQUEST_S  # a lookup of names is not bounded
-        content = {key: text for key, text in message.items() if text}
-        payload = json.dumps({"roomId": self.room_id, **content}).encode()
-        answer = self.webex.ask("/messages", payload)
+        message = {"roomId": self.room_id, **content, **({"parentId": parent} if parent else {})}
+        answer = self.webex.ask("/messages", json.dumps(message).encode())
         self.due_s = time.monotonic() + STALL_S
-        return judge(answer, self.failures, self.clock())
+        verdict = judge(answer, self.failures, self.clock())
+        if parent and verdict.status in (400, 404):
+            verdict = self._send(**content)
+            if verdict.kind not in ("held", "refused"):  # else it is not the parent that is wrong
+                self.spool.set_gone(parent)
+        return verdict
 
     def _conclude(self, alarms: Sequence[Alarm], verdict: Verdict) -> float:
         now_s, spool_id = self.clock(), alarms[0].spool_id
@@ -1107,9 +1105,9 @@ def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     os.environ["no_proxy"] = "*"
     status, reason, _, answer = relay.ask("/", content)
     if status:
-        yield f"{status} {answer.decode()}"
+        yield f"{status} {answer.decode(errors='replace')}"
     if status != 200:
-        advice = "is it running? systemctl status alarmrelay; have settings changed? restart it"
+        advice = "is it running? have listen, webhook_... or tls_... changed? then restart it"
         raise RelayError(f"{url}: {reason}: {advice}", 1)
 
 
@@ -1132,6 +1130,8 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         thread.start()
     if not (settings["tls"] or ipaddress.ip_address(host).is_loopback):
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
+    strays = sorted(spool.rooms.keys() - server.couriers.keys())
+    lost = [f"alarms wait for {room}: set room_id{room.replace('/', '_')}" for room in strays]
     said, next_s = "", 0.0
     tick_s = min(TICK_S, int(environ.get("WATCHDOG_USEC", 2**32)) / 3e6)  # sd_watchdog_enabled(3)
     listener.settimeout(tick_s)
@@ -1141,7 +1141,7 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
             spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
             words = f"listening on {host} port {listener.getsockname()[1]}; "
             words += f"{spool.waiting} waiting, {spool.delivered} delivered"
-            words = "; ".join([words, *(one.trouble for one in couriers if one.trouble)])
+            words = "; ".join([words, *lost, *(one.trouble for one in couriers if one.trouble)])
             if not said:
                 log.info("alarmrelay %s %s", __version__, words)
                 notify(environ, "READY=1")

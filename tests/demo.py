@@ -1,4 +1,4 @@
-"""Show the whole story: vManage's posts, the relay's answers, and what then stands in the room."""
+"""Play a small outage: vManage's posts, the relay's answers, and what then stands in the room."""
 
 from __future__ import annotations
 
@@ -10,39 +10,69 @@ from pathlib import Path
 from harness import PAYLOADS, Relay, basic
 from webex_standin import Fault, WebexStandIn
 
-STORY = [
-    ("A router reboots: the workshop's sample.", ["system_reboot_issued"]),
-    ("An interface goes down and comes back.", ["interface_down", "interface_up_clear"]),
-    ("A site loses its tunnels, and Webex answers 503 once.", ["bfd_tloc_down", "bfd_site_down"]),
-    ("Text that tries to mention everybody and to break the layout.", ["hostile_text"]),
-    ("vManage sends the last one once more.", ["hostile_text"]),
-]
+TLOC = json.loads((PAYLOADS / "bfd_tloc_down.json").read_bytes())
+COLORS = ("biz-internet", "mpls")
 
 
 def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def sample(name: str, minutes: float) -> dict:
+    """Return a sample that happens so many minutes after nine."""
+    alarm = json.loads((PAYLOADS / f"{name}.json").read_bytes())
+    return {**alarm, "receive_time": 1709884800000 + int(60_000 * minutes)}
+
+
+def storm() -> list[dict]:
+    """Return what vManage sends when a hub goes down: each branch loses two tunnels."""
+    alarms = []
+    for branch in range(1, 8):
+        for color in COLORS:
+            values = {"system-ip": f"10.20.{branch}.1", "color": color, "host-name": f"BR{branch}"}
+            number = len(alarms)
+            alarms.append(
+                {
+                    **{**TLOC, "severity": "Critical", "uuid": f"storm-{number}"},
+                    **{"receive_time": 1709885640000 + 150 * number},
+                    **{"values_short_display": [values]},
+                }
+            )
+    return alarms
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder, WebexStandIn() as webex:
-        with Relay(Path(folder), webex.url, {}) as relay:
+        with Relay(Path(folder), webex.url, {}, vmanage_url="https://vmanage.example") as relay:
+
+            def post(alarm: dict, name: str) -> None:
+                status, answer = relay.post(alarm)
+                say(f"  POST / {name}  ->  {status} {json.dumps(answer)}")
+
             say(f"The relay listens on 127.0.0.1 port {relay.port}.")
             say("A stand-in takes the place of Webex. Alarms are posted as vManage would.\n")
-            for text, samples in STORY:
-                say(text)
-                if "503" in text:
-                    webex.wait_for(lambda: len(webex.messages) == 3)
-                    webex.faults.append(Fault(status=503))
-                for sample in samples:
-                    status, answer = relay.post((PAYLOADS / f"{sample}.json").read_bytes())
-                    say(f"  POST / {sample}.json  ->  {status} {json.dumps(answer)}")
+            say("An interface goes down.")
+            post(sample("interface_down", 2.2), "interface_down.json")
+            webex.wait_for(lambda: len(webex.messages) == 1)
+            say("A hub goes down, and Webex limits the bot: 14 alarms wait.")
+            webex.faults.append(Fault(status=429, headers={"Retry-After": "2"}))
+            for number, alarm in enumerate(storm()):
+                post(alarm, f"storm alarm {number + 1}")
+            post(storm()[-1], "storm alarm 14 again")
             status, answer = relay.post(b"{}", Authorization=basic(password="guess"))
             say(f"Somebody guesses the password.\n  POST /  ->  {status} {json.dumps(answer)}")
-            webex.wait_for(lambda: len(webex.messages) == 6)
+            webex.wait_for(lambda: len(webex.messages) == 2)
+            say("The interface comes back, and so does a tunnel.")
+            post(sample("interface_up_clear", 21.5), "interface_up_clear.json")
+            values = {"values_short_display": storm()[0]["values_short_display"]}
+            post({**sample("bfd_tloc_up", 26), **values}, "bfd_tloc_up.json")
+            webex.wait_for(lambda: len(webex.messages) == 4)
             say("\nIn the Webex room now, oldest first (<br> shown as a new line):")
-            for text in webex.texts():
-                say("\n  " + text.replace("<br>", "\n  "))
-            relay.told("6 delivered")
+            for message in webex.messages:
+                parent = message.get("parentId")
+                say(f"\n  {message['id']}" + (f", a reply to {parent}" if parent else ""))
+                say("    " + message["markdown"].replace("<br>", "\n").replace("\n", "\n    "))
+            relay.told("0 waiting, 17 delivered")
         say("\nThe relay's log, which under systemd is in the journal:\n")
         say("".join(f"  {line}\n" for line in relay.log().splitlines()))
         say("Each alarm was on disk before it was answered with 200.")

@@ -45,8 +45,8 @@ WatchdogSec=4
 ExecStart=
 ExecStart=/usr/bin/python3 -c "import os, sys, time; sys.path.insert(0, '/usr/local/bin'); \\
 import alarmrelay; alarmrelay.STALL_S = alarmrelay.HEADER_S = 1.0; \\
-real = alarmrelay.Server._accept; \\
-alarmrelay.Server._accept = lambda *it: (time.sleep(1000) if os.path.exists('/var/lib/hang') \\
+real = alarmrelay.Server.accept; \\
+alarmrelay.Server.accept = lambda *it: (time.sleep(1000) if os.path.exists('/var/lib/hang') \\
 else real(*it)); os._exit(alarmrelay.main())"
 """
 

@@ -482,6 +482,20 @@ def test_no_proxy_is_asked_for_a_loopback_address(webex, monkeypatch):
     assert answer[0] == 200
 
 
+def test_the_plain_form_keeps_its_last_lines(courier, spool, webex, clock):
+    courier.settings["vmanage_url"] = "https://v"
+    values = [{f"key {number}": "ñ" * 40 for number in range(50)}]
+    body = json.dumps({"message": "m", "uuid": "u-1", "values": values})
+    spool.store("/", b"r", int(START_S * 1000), [body])
+    webex.faults.append(Fault(status=400))
+    clock.now_s += 14 * 60
+    courier.step()
+    text = webex.messages[0]["text"]
+    assert len(text) <= 1000
+    assert "\nDelayed: relayed 14 min after it came in\n[Open in vManage](https://v/#/" in text
+    assert re.search(r"\n\? \(\d+ more lines\)$", text)
+
+
 def test_late_alarms_say_so(courier, spool, webex, clock):
     store(spool, "one", "two")
     courier.step()

@@ -319,7 +319,7 @@ OLD_TABLES = """
 
 
 @pytest.mark.parametrize("version", [0, 1])
-def test_a_file_of_an_older_version_is_taken_over_with_its_threads(tmp_path, webex, version):
+def test_a_file_of_an_older_version_is_taken_over(tmp_path, webex, version):
     path, now_ms = tmp_path / "state" / "alarmrelay.db", int(time.time() * 1000)
     path.parent.mkdir()
     raised = json.dumps({"uuid": "r\u00e9al", "message": "down"})
@@ -329,11 +329,15 @@ def test_a_file_of_an_older_version_is_taken_over_with_its_threads(tmp_path, web
         db.execute(row, (1, now_ms, b"1", raised, now_ms, "message-of-old"))
         db.execute(row, (2, now_ms, b"2", "no JSON", now_ms, "message-of-old-2"))
         db.execute(row, (3, now_ms, b"3", json.dumps(numbered(3)), None, None))
+        db.execute(row, (4, now_ms, b"4", json.dumps({"uuid": "new"}), None, None))
     webex.take({"roomId": ROOM, "markdown": "of old"})["id"] = "message-of-old"
     with Relay(tmp_path, webex.url) as relay:
-        relay.post({"uuid": "2", "active": False, "cleared_events": ["r\u00e9al"]})
-        webex.wait_for(lambda: len(webex.messages) == 3)
-    assert [message.get("parentId") for message in webex.messages[1:]] == [None, "message-of-old"]
+        relay.told("0 waiting, 2 delivered")
+        for uuid in ("r\u00e9al", "new"):  # what was delivered before has no thread
+            relay.post({"active": False, "cleared_events": [uuid]})
+        webex.wait_for(lambda: len(webex.messages) == 5)
+    parents = [message.get("parentId") for message in webex.messages[1:]]
+    assert parents == [None, None, None, webex.messages[2]["id"]]
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
 

@@ -127,12 +127,15 @@ def test_make_demo_tells_the_story_and_ends_by_itself(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for part in (
-        'system_reboot_issued.json  ->  200 {"status": "accepted"}',
-        'hostile_text.json  ->  200 {"status": "duplicate"}',
+        'interface_down.json  ->  200 {"status": "accepted"}',
+        'storm alarm 14 again  ->  200 {"status": "duplicate"}',
         '401 {"error": "wrong credentials"}',
-        "**Receive Time:** Sat Jan 18 05:57:01 2020 CET",
+        "**Receive Time:** Fri Mar  8 09:02:12 2024 CET",
+        "Team, **14 alarms** are received from vManage:",
+        "message-4, a reply to message-1",
+        "message-5, a reply to message-3",
         "✅ cleared (Medium)",
-        "delivery failed: 503",
+        "delivery paused: 429",
         "Each alarm was on disk before it was answered with 200.",
     ):
         assert part in done.stdout

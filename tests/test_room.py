@@ -85,6 +85,9 @@ STORIES = {
     "a flap": [(down("a"), None), (up("b"), 0), (down("c"), None), (up("d"), 2)],
     "up twice": [(down("a"), None), (up("b"), 0), (up("c"), None)],
     "up twice, cleared by uuid first": [(down("a"), None), (up("b", ["a"]), 0), (up("c"), None)],
+    "a uuid leaves the other down": [
+        *[(down("a"), None), (down("b"), None), (up("c", ["a"]), 0), (up("d"), 1)],
+    ],
     "down twice": [
         (down("a"), None),
         (down("b"), None),
@@ -234,6 +237,34 @@ def test_a_deleted_parent_is_not_asked_for_after_a_pause(courier, spool, webex):
     assert asked == [False, True, False, False]
 
 
+def test_a_clear_in_plain_text_stays_in_its_thread(courier, spool, webex):
+    put(spool, down("a"))
+    drain(courier)
+    put(spool, up("b"))
+    webex.fault_for = lambda request: (
+        Fault(status=400) if "markdown" in request["content"] else None
+    )
+    drain(courier)
+    assert webex.messages[1]["parentId"] == "message-1"
+    assert "BFD_TLOC_Up" in webex.messages[1]["text"]
+
+
+def test_a_deleted_parent_is_known_although_the_clear_was_refused_itself(courier, spool, webex):
+    put(spool, down("a"))
+    drain(courier)
+    webex.deleted["message-1"] = 404
+    put(spool, up("b", ["a"]))
+    webex.fault_for = lambda request: (
+        Fault(status=400) if "markdown" in request["content"] else None
+    )
+    drain(courier)
+    webex.fault_for = lambda _: None
+    put(spool, up("c", ["a"]))
+    drain(courier)
+    assert "parentId" not in webex.requests[-1]["content"]
+    assert len(webex.messages) == 3
+
+
 def test_a_room_that_was_gone_loses_no_thread(courier, spool, webex):
     put(spool, down("a"))
     drain(courier)
@@ -261,6 +292,12 @@ def test_parents_and_duplicates_are_found_by_an_index(courier, spool):
     (cleared, *_) = [plan for text, plan in plans.items() if 'json_each(\'["a"' in text]
     assert "USING INDEX uuid (uuid=? AND room=?)" in cleared
     assert "USING INDEX down (down=? AND room=?)" in cleared
+    assert "INDEX message" in " ".join(
+        row[3]
+        for row in spool._db.execute(
+            "EXPLAIN QUERY PLAN UPDATE alarm SET uuid = 1 WHERE message_id = 2"
+        )
+    )
     (known, *_) = [plan for text, plan in plans.items() if "received_ms BETWEEN" in text]
     assert "USING INDEX request (request=?)" in known
 
@@ -347,6 +384,16 @@ def test_a_thousand_alarms_become_a_few_dozen_messages(courier, spool, webex, al
             assert format_digest(batch, START_MS, MADRID)[1] == len(one)
 
 
+def test_a_digest_of_a_hundred_short_lines_has_room_for_its_third_digit():
+    for length in range(12):
+        alarms = [Alarm({"message": "x" * 9, "receive_time": START_MS}, START_MS)] * 99
+        alarms += [Alarm({"message": "x" * length}, START_MS)] * 30
+        text, count = format_digest(alarms, START_MS, MADRID)
+        assert count > 99
+        assert text.startswith(f"Team, **{count} alarms** ")
+        assert len(text.encode()) <= 7439
+
+
 def test_a_storm_during_a_limit_is_in_the_room_once_and_in_order(tmp_path, webex):
     webex.fault_for = lambda _: Fault(status=429, headers={"Retry-After": "1"})
     with Relay(tmp_path, webex.url) as relay:
@@ -414,6 +461,24 @@ def test_a_poisonous_alarm_holds_no_other_and_is_not_lost(
     drain(courier)
     assert chained(messages_of(webex))[-len(places) :] == places
     assert (spool.waiting, courier.trouble) == (0, "")
+
+
+def test_many_poisonous_alarms_do_not_keep_others_from_their_turn(courier, spool, webex, clock):
+    put(spool, *[{**TLOC, "message": f"number {number} poison"} for number in range(70)])
+    webex.fault_for = refuse("poison", ("markdown", "text"))
+    for _ in range(150):
+        clock.now_s += courier.step() or 0.0
+    put(spool, *[{**TLOC, "message": f"number {number}"} for number in range(70, 90)])
+    while len(chained(messages_of(webex))) < 20:
+        wait_s = courier.step()
+        clock.now_s += wait_s or 0.0
+        assert len(webex.requests) < 1000
+    assert chained(messages_of(webex)) == list(range(70, 90))
+    webex.fault_for = lambda _: None
+    clock.now_s += 61
+    while (wait_s := courier.step()) is not None:
+        clock.now_s += wait_s
+    assert sorted(chained(messages_of(webex))) == list(range(90))
 
 
 def test_a_refused_digest_loses_none_when_a_part_fails_for_another_reason(courier, spool, webex):
@@ -543,7 +608,9 @@ def test_a_room_of_a_file_of_the_spool_that_no_path_has_any_more_waits(tmp_path,
         relay.wait_for_log("delivery failed: 503")
     with Relay(tmp_path, webex.url) as relay:
         assert relay.post({"message": "other"})[0] == 200
-        relay.told("1 waiting, 1 delivered")
+        said = relay.told("1 waiting, 1 delivered")
+        assert said.endswith("; alarms wait for /ops: set room_id_ops")
+        assert "alarms wait for /ops: set room_id_ops" in relay.log()
     webex.fault_for = lambda _: None
     with Relay(tmp_path, webex.url, **rooms) as relay:
         relay.told("0 waiting, 1 delivered")
