@@ -5,8 +5,7 @@
                                                 |
                                              Courier --urllib, Bearer--> Webex POST /v1/messages
 
-An alarm that was answered with 200 is on disk and reaches the room: at least once, oldest first,
-whatever is killed, slow, down or misconfigured. vManage never waits for Webex.
+An alarm that was answered with 200 is on disk and reaches the room, at least once, oldest first.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}
 # What ends a line, turns its direction or has no UTF-8: control characters, separators, bidi
 # controls, lone surrogates. Then what Webex takes for markup; inside a word an underscore is not.
 BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-MARKUP = re.compile(r"[\\`*\[\]~]|(?<!\w)_+|_+(?!\w)")
+MARKUP = re.compile(r"[\\`*\[\]~]|(?<!\w)_+|(?<!_)_+(?!\w)")
 ATOMS = re.compile(r"(\\.|&\w+;|\*\*[\w ]+\*\*|[^\\&*])*")  # what does not end in the middle of one
 # Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm.
 DECODER = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 400 else n, strict=False)
@@ -264,6 +263,7 @@ def parse_alarms(body: bytes, received_ms: int) -> list[tuple[str, Alarm]]:
         content = DECODER.decode(text.lstrip("\ufeff"))
         alarms = content if isinstance(content, list) and content else [content]
         texts = [json.dumps(alarm) for alarm in alarms]
+        DECODER.decode("[" * 99 + json.dumps(alarms) + "]" * 99)  # not too deep to be shown
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is empty or no JSON that can be read: {error}") from error
     if not all(isinstance(alarm, dict) for alarm in alarms) or len(alarms) > ALARMS:
@@ -304,12 +304,11 @@ def plain_text(markdown: str) -> str:
 
 
 # === Spool ========================================================================================
-# Only this class touches the database. Every method is one transaction under one lock, and none
-# calls out while holding it. What a method has returned from is on disk: with WAL, FULL is one
-# fsync for each commit (sqlite.org/pragma.html). EXCLUSIVE before WAL: nobody else opens the file.
+# Only this class touches the database. Every method is one transaction under one lock; none calls
+# out while holding it. What has returned is on disk: with WAL, FULL is one fsync for each commit
+# (sqlite.org/pragma.html). EXCLUSIVE before WAL: nobody else opens the file.
 PRAGMAS = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL"
-# Each makes a file one of the next version; 0 has the tables of 1. uuid, and what is down by an
-# alarm until another clears it, are filled on delivery.
+# Each makes a file one of the next version; 0 has the tables of 1. uuid, down: filled on delivery.
 MIGRATIONS = (
     """CREATE TABLE IF NOT EXISTS alarm (
         id INTEGER PRIMARY KEY, room TEXT NOT NULL, received_ms INTEGER NOT NULL,
@@ -595,9 +594,9 @@ class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
     def _dial(self, address: tuple[str, int], *_: object) -> socket.socket:
         wire = socket.create_connection(address, CONNECT_S)
+        self._wires.append(wire)
         self._wires.append(wire.dup())  # the same connection, whatever TLS makes of the socket
         if self._is_late:  # nobody waits: the message would stand there twice
-            wire.close()
             raise TimeoutError("too late to send the message")
         wire.settimeout(REQUEST_S)
         return wire
@@ -743,6 +742,8 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
             self.is_amid = False
             self.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else self.wait_s)
             with suppress(Refused):
+                while self.rfile.peek(1)[:1] in (b"\r", b"\n"):  # between requests; RFC 9112, 2.2
+                    self.rfile.read(1)
                 self.is_amid = bool(self.rfile.peek(1))
             if not self.is_amid:
                 return
@@ -792,19 +793,19 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
             words = "this is TLS: the URL must begin with http://, or set tls_certificate"
             raise Refused(400, words, Connection="close")
         self.headers, form, left_bytes = http.client.HTTPMessage(), FIRST_LINE, HEADER_BYTES + 1
-        while (line := self.rfile.readline(left_bytes)) != b"\r\n" or form is FIRST_LINE:
+        while (line := self.rfile.readline(left_bytes)) != b"\r\n":
             left_bytes -= len(line)
             if not left_bytes or len(self.headers) == FIELDS:
                 words = f"a header has {HEADER_BYTES} bytes and {FIELDS} fields at most"
                 raise Refused(431, words, Connection="close")
             if not line.endswith(b"\n"):
                 raise ConnectionError("the client left in the middle of a header")
-            if not (match := form.fullmatch(line)) and line != b"\r\n":  # RFC 9112, 2.2
+            if not (match := form.fullmatch(line)):
                 raise Refused(400, "the header cannot be read", Connection="close")
-            if match and form is FIRST_LINE:
+            if form is FIRST_LINE:
                 self.command, path, self.request_version = map(bytes.decode, match.groups())
                 self.path, form = path.partition("?")[0], FIELD_LINE
-            elif match:
+            else:
                 self.headers[match[1].decode()] = match[2].decode("latin-1").strip(" \t")
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
         is_1_0 = self.request_version == "HTTP/1.0"
@@ -906,13 +907,19 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
 
 class Server:
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
-        self.digest = hashlib.sha256(settings["credentials"]).digest()
+        self.digest, self.tls = hashlib.sha256(settings["credentials"]).digest(), settings["tls"]
         self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
-        self.tls: ssl.SSLContext | None = settings["tls"]
-        self.stopping, self._connections = False, set[Handler]()
+        self.stopping, self.due_s, self._connections = False, float("inf"), set[Handler]()
         self._next: Handler | None = None  # accepted, but there is no thread for it yet
         self._ended = threading.Condition()  # guards the connections
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
+
+    def run(self, listener: socket.socket) -> None:
+        """Accept connections until the stop."""
+        while not self.stopping:
+            self.due_s = time.monotonic() + STALL_S
+            self.accept(listener)
+        listener.close()
 
     def accept(self, listener: socket.socket) -> None:
         """Begin the next connection, if one comes within the listener's time-out."""
@@ -937,11 +944,9 @@ class Server:
 
     def stop(self, deadline_s: float) -> None:
         """Return when the last connection has ended, whose request on its way is still answered."""
-        self.stopping = True
         with self._ended:
             while self._connections and time.monotonic() < deadline_s:
                 self._ended.wait_for(lambda: not self._connections, GRACE_S)
-                # Let the threads of those that have nothing to send find an end.
                 for connection in [c for c in self._connections if not c.is_amid]:
                     with suppress(OSError):  # it has ended; TLS has no say in this
                         socket.socket.shutdown(connection.connection, socket.SHUT_RD)
@@ -953,7 +958,8 @@ class Server:
             except OSError as error:
                 connection.is_amid = True
                 log.warning("%s is gone unanswered: %s", connection.address, error)
-            connection.end()
+            finally:
+                connection.end()
         with self._ended:
             self._connections.remove(connection)
             self._ended.notify_all()
@@ -1021,15 +1027,13 @@ def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
 # === Commands =====================================================================================
 # Each yields the lines to print, and raises RelayError. Their docstrings are their --help.
 SAMPLE = """{"rule_name_display": "System_Reboot_Issued", "rulename": "system-reboot-issued",
-"type": "system-reboot-issued", "component": "System", "severity": "Critical", "severity_number": 1,
-"message": "The device rebooted", "active": true, "devices": [{"system-ip": "10.1.0.1"}],
-"values_short_display": [{"host-name": "DC1-VEDGE1", "system-ip": "10.1.0.1"}]}"""
+"type": "system-reboot-issued", "severity": "Critical", "message": "The device rebooted",
+"active": true, "values_short_display": [{"host-name": "DC1-VEDGE1", "system-ip": "10.1.0.1"}]}"""
 
 
 def preview(environ: Mapping[str, str], path: str) -> Iterator[str]:
     """Print the message for each alarm in FILE, or in standard input; send nothing."""
-    settings = read_settings(environ, ["time_zone", "vmanage_url"])
-    now_ms = int(time.time() * 1000)
+    settings, now_ms = read_settings(environ, ["time_zone", "vmanage_url"]), int(time.time() * 1000)
     for _, alarm in parse_alarms(Path(path or "/dev/stdin").read_bytes(), now_ms):
         yield alarm.message(now_ms, settings["time_zone"], settings["vmanage_url"])
 
@@ -1125,39 +1129,36 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         couriers.append(Courier(f"/{name[len('room_id_') :]}", room_id, settings, spool, webex))
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
     listener = listen(environ, host, port)
-    threads = [threading.Thread(target=courier.run, daemon=True) for courier in couriers]
+    listener.settimeout(TICK_S)
+    threads = [threading.Thread(target=server.run, args=[listener], daemon=True)]
+    threads += [threading.Thread(target=courier.run, daemon=True) for courier in couriers]
     for thread in threads:
         thread.start()
     if not (settings["tls"] or ipaddress.ip_address(host).is_loopback):
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
     strays = sorted(spool.rooms.keys() - server.couriers.keys())
     lost = [f"alarms wait for {room}: set room_id{room.replace('/', '_')}" for room in strays]
-    said, next_s = "", 0.0
+    where, said, wait_s = f"listening on {host} port {listener.getsockname()[1]}", "", 0.0
     tick_s = min(TICK_S, int(environ.get("WATCHDOG_USEC", 2**32)) / 3e6)  # sd_watchdog_enabled(3)
-    listener.settimeout(tick_s)
-    while not signal.sigtimedwait(signals, 0) and not spool.error:
-        if (now_s := time.monotonic()) >= next_s:
-            next_s = now_s + tick_s
-            spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
-            words = f"listening on {host} port {listener.getsockname()[1]}; "
-            words += f"{spool.waiting} waiting, {spool.delivered} delivered"
-            words = "; ".join([words, *lost, *(one.trouble for one in couriers if one.trouble)])
-            if not said:
-                log.info("alarmrelay %s %s", __version__, words)
-                notify(environ, "READY=1")
-            if words != said:
-                notify(environ, f"STATUS={words}")
-            said = words
-            is_slow = time.monotonic() > now_s + TICK_S  # the disk: couriers may be waiting for it
-            if "WATCHDOG_USEC" in environ and (is_slow or all(now_s < c.due_s for c in couriers)):
-                notify(environ, "WATCHDOG=1")
-        server.accept(listener)
-    deadline_s = time.monotonic() + STOP_S
+    while not signal.sigtimedwait(signals, wait_s) and not spool.error:
+        words = f"{where}; {spool.waiting} waiting, {spool.delivered} delivered"
+        words = "; ".join([words, *lost, *(one.trouble for one in couriers if one.trouble)])
+        if not said:
+            log.info("alarmrelay %s %s", __version__, words)
+            notify(environ, "READY=1")
+        if words != said:
+            notify(environ, f"STATUS={words}")
+        said, wait_s, now_s = words, tick_s, time.monotonic()
+        spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
+        due_s = min(server.due_s, *(courier.due_s for courier in couriers))
+        if "WATCHDOG_USEC" in environ and now_s < due_s:  # of before the wait for a slow disk
+            notify(environ, "WATCHDOG=1")
+    deadline_s, server.stopping = time.monotonic() + STOP_S, True
     notify(environ, "STOPPING=1")
-    listener.close()
     for courier in couriers:
         courier.stopping.set()  # the send in flight is the last
         courier.arrived.set()
+    threads[0].join(STOP_S)
     server.stop(deadline_s)
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))

@@ -100,8 +100,7 @@ def reference(data: bytes) -> tuple[list[bool], list[bytes]]:
     while data:
         if data[0] == 0x16:  # TLS
             return [*answers, False], accepted
-        while data.startswith(b"\r\n"):
-            data = data[2:]
+        data = data.lstrip(b"\r\n")
         lines: list[bytes] = []
         while True:
             line, newline, data = data.partition(b"\n")
