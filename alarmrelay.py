@@ -229,7 +229,7 @@ class Alarm:
         age = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
         return words.format(age) if now_ms - self.received_ms > DELAYED_MS else ""
 
-    def head(self) -> list[str]:
+    def _head(self) -> list[str]:
         keys = self.name(), *(self.fields.get(key, "unknown") for key in ("message", "severity"))
         name, text, severity = map(show, keys)
         is_clear = self.fields.get("active") is False
@@ -237,13 +237,13 @@ class Alarm:
 
     def line(self, zone: tzinfo) -> str:
         """Return its line in a digest; Webex markdown, as all messages."""
-        name, text, mark, _ = self.head()
+        name, text, mark, _ = self._head()
         pairs = [f"{show(key).strip()} {show(value)}" for key, value in self.values()]
         return ", ".join([f"- {mark} **{name.strip()}** : {text}", self.time(zone), *pairs])
 
     def message(self, now_ms: int, zone: tzinfo, url: str = "", limit: int = MESSAGE_BYTES) -> str:
         """Return its own message, with a link to vManage at this address, of so many bytes."""
-        name, text, mark, severity = self.head()
+        name, text, mark, severity = self._head()
         first = f"Team, **Alarm Event** : {name}, **Message** : {text}, "
         first += "is received from vManage and here are the complete details"
         severity = f"cleared ({severity})" if mark == "✅" else severity
