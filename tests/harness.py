@@ -73,7 +73,7 @@ class Relay:
         self.words: queue.Queue[str] = queue.Queue()  # that systemd was told, not looked at yet
         self.said: list[str] = []  # those looked at
         # It looks at its status more often, lest the tests wait for it; {}: the file as it is.
-        limits = {"TICK_S": 0.1} if limits is None else limits
+        limits = {"TICK_S": 0.05} if limits is None else limits
         self.command = [sys.executable, "-X", "dev", *program(limits, fault)]
         self.limits: list[tuple[int, int]] = []  # of the kernel's: resource.RLIMIT_…, number
         self.process: subprocess.Popen[bytes] | None = None

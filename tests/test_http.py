@@ -394,6 +394,21 @@ def test_doubtful_framing_is_refused_and_nothing_after_it_is_a_request(
 
 
 @pytest.mark.pitfall(18)
+def test_a_bug_in_the_program_closes_the_connection_and_is_logged(tmp_path, webex):
+    fault = """
+real = alarmrelay.parse_alarms
+alarmrelay.parse_alarms = lambda body, ms: {}[0] if b"bug" in body else real(body, ms)
+"""
+    relay = Relay(tmp_path, webex.url, None, fault)
+    relay.start()
+    with Client(relay) as client:
+        client.send(head(Content_Length=7), b'["bug"]')
+        assert client.is_closed()
+    assert relay.post({"message": "after"})[0] == 200
+    assert "127.0.0.1: an error in alarmrelay itself\\nTraceback" in relay.log()
+    assert relay.stop() == 0
+
+
 def test_no_answer_and_no_log_line_echoes_what_was_sent(client, relay):
     client.send(head("POST /forged HTTP/1.1"))
     assert client.answer()[2] == b'{"error": "no room has this path: alarms are posted to /"}'

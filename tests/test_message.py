@@ -345,6 +345,31 @@ def read(body: bytes) -> list[str] | None:
         return {400: None}[refusal.status]
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        '{"values": [{"k": %s}], "rulename": "X_Down"}',
+        '{"message": %s, "uuid": %s}',
+        '{"active": false, "cleared_events": [%s]}',
+    ],
+)
+@pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")], ids=["list", "object"])
+def test_the_deepest_alarm_that_is_taken_can_be_shown(shape, opening, closing):
+    def text(depth: int) -> bytes:
+        return shape.replace("%s", opening * depth + "7" + closing * depth).encode()
+
+    low, high = 1, 20_000
+    while low + 1 < high:
+        depth = (low + high) // 2
+        low, high = (depth, high) if read(text(depth)) else (low, depth)
+    for depth in range(max(1, low - 3), low + 1):
+        ((_, alarm),) = parse_alarms(text(depth), 0)
+        assert alarm.message(0, MADRID)
+        assert alarm.line(MADRID)
+        assert alarm.threads()
+    assert low > 100
+
+
 @pytest.mark.parametrize("depth", [10, 100, 400, 900, 1000, 3000, 10_000, 100_000])
 def test_deep_nesting_is_relayed_or_refused_but_never_taken_and_stuck(depth):
     for opening, closing in (("[", "]"), ('{"a":', "}")):

@@ -384,14 +384,20 @@ def test_a_thousand_alarms_become_a_few_dozen_messages(courier, spool, webex, al
             assert format_digest(batch, START_MS, MADRID)[1] == len(one)
 
 
-def test_a_digest_of_a_hundred_short_lines_has_room_for_its_third_digit():
-    for length in range(12):
-        alarms = [Alarm({"message": "x" * 9, "receive_time": START_MS}, START_MS)] * 99
-        alarms += [Alarm({"message": "x" * length}, START_MS)] * 30
+@pytest.mark.parametrize("filler", ["x", "é", "💥"])
+def test_a_digest_takes_what_fits_to_the_byte(filler):
+    sizes = set()
+    for pad in range(90):
+        alarms = [Alarm({"message": "x" * pad}, START_MS)] + [
+            Alarm({"message": filler}, START_MS)
+        ] * 150
         text, count = format_digest(alarms, START_MS, MADRID)
-        assert count > 99
+        assert count > 99  # a third digit in the first line
         assert text.startswith(f"Team, **{count} alarms** ")
-        assert len(text.encode()) <= 7439
+        size = len(text.encode())
+        assert size <= 7439 < size + len(text.rpartition("\n")[2].encode()) + 1
+        sizes.add(size)
+    assert 7439 in sizes
 
 
 def test_a_storm_during_a_limit_is_in_the_room_once_and_in_order(tmp_path, webex):

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import datetime
+from zoneinfo import ZoneInfo
 
 import pytest
 from harness import PAYLOADS, PROGRAM, Relay, environment, program
@@ -38,6 +40,9 @@ def test_send_posts_the_workshops_alarm_as_of_now(relay, webex):
         r"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d 20\d\d CES?T",
     )
     assert all(re.fullmatch(form, text) for text in webex.texts())
+    shown = re.search(r"Time:\*\* \w+ (.*?) CES?T<br>", webex.texts()[0])[1]
+    now = datetime.now(ZoneInfo("Europe/Madrid")).replace(tzinfo=None)
+    assert abs((datetime.strptime(shown, "%b %d %H:%M:%S %Y") - now).total_seconds()) < 120
     uuids = re.findall(r"uuid='([0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f-]{17})'", relay.log())
     assert len(set(uuids)) == 2
 
