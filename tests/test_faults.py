@@ -127,6 +127,7 @@ def test_pings_come_three_times_in_the_time_that_systemd_waits(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"TICK_S": 3600}, WATCHDOG_USEC="300000") as relay:
         for _ in range(3):
             relay.told("WATCHDOG=1")
+        relay.kill()  # with such a tick it would not hear of a stop
 
 
 # The points of an alarm's way at which a kill could lose or double it.
