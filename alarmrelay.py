@@ -26,6 +26,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -623,7 +624,8 @@ class Courier:
     trouble: str = ""  # what is in the way of delivery
     failures: int = 0  # in a row
     most: int = DIGEST  # alarms in the next digest, fewer after one that was refused
-    aside: dict[int, int] = field(default_factory=dict)  # refused ones by id, until (epoch ms)
+    aside: list[int] = field(default_factory=list)  # ids of refused alarms, the next to try first
+    retry_s: float = 0.0  # when that is
     due_s: float = float("inf")  # monotonic; without another sign of life by then it is stuck
     arrived: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -633,11 +635,10 @@ class Courier:
         self.arrived.clear()  # before the look into the spool, or an arrival in between is missed
         now_ms, zone = int(self.clock() * 1000), self.settings["time_zone"]
         waiting, parent = self.spool.oldest_waiting(self.room, self.aside)
-        if not waiting:  # then those that Webex has refused, one at a time, each once in a minute
-            aside = [i for i, due_ms in self.aside.items() if 0 < due_ms - now_ms <= HOLD_S * 1000]
-            waiting, parent = self.spool.oldest_waiting(self.room, aside)
-            if not (waiting := waiting[:1]):
+        if not waiting:  # then one that Webex has refused, once a minute or after a delivery
+            if not self.aside or 0 < self.retry_s - now_ms / 1000 <= HOLD_S:
                 return None
+            waiting, parent = self.spool.oldest_waiting(self.room, self.aside[1:])
         message, count = format_digest(waiting[: self.most], now_ms, zone)
         if len(waiting) > SINGLY and count > 1:
             return self._conclude(waiting[:count], self._send(markdown=message))
@@ -662,14 +663,14 @@ class Courier:
 
     def _conclude(self, alarms: Sequence[Alarm], verdict: Verdict) -> float:
         now_s, spool_id = self.clock(), alarms[0].spool_id
+        self.aside = [refused for refused in self.aside if refused != spool_id]
         self.failures = self.failures + 1 if verdict.kind == "failed" else 0
         if verdict.kind == "delivered":
             self.spool.set_delivered(self.room, verdict.reason, int(now_s * 1000), *alarms)
             for alarm in alarms:
-                self.aside.pop(alarm.spool_id, None)
                 words = f"message={verdict.reason} after {now_s - alarm.received_ms / 1000:.1f} s"
                 log.info("alarm %d delivered: %s", alarm.spool_id, words)
-            self.most, self.trouble = DIGEST, self.trouble if self.aside else ""
+            self.retry_s, self.most, self.trouble = 0.0, DIGEST, self.trouble if self.aside else ""
             return 0.0
         if verdict.kind == "refused" and len(alarms) > 1:
             log.warning("%d alarms go again in parts: %s", len(alarms), verdict.reason)
@@ -686,7 +687,7 @@ class Courier:
             level = logging.WARNING if passes else logging.ERROR
             log.log(level, "room %s, alarm %d: %s", self.room, spool_id, words)
         if verdict.kind == "refused":  # it does not hold the others
-            self.aside[spool_id], wait_s = int((now_s + HOLD_S) * 1000), RETRY_S
+            self.aside, self.retry_s, wait_s = [*self.aside, spool_id], now_s + HOLD_S, RETRY_S
         return wait_s
 
     def run(self) -> None:
@@ -742,8 +743,8 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
             self.is_amid = False
             self.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else self.wait_s)
             with suppress(Refused):
-                while self.rfile.peek(1)[:1] in (b"\r", b"\n"):  # between requests; RFC 9112, 2.2
-                    self.rfile.read(1)
+                if self.rfile.peek(1)[:1] == b"\r" and self.rfile.readline(2) != b"\r\n":
+                    return  # an empty line may stand before a request; RFC 9112, 2.2
                 self.is_amid = bool(self.rfile.peek(1))
             if not self.is_amid:
                 return
@@ -793,7 +794,7 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
             words = "this is TLS: the URL must begin with http://, or set tls_certificate"
             raise Refused(400, words, Connection="close")
         self.headers, form, left_bytes = http.client.HTTPMessage(), FIRST_LINE, HEADER_BYTES + 1
-        while (line := self.rfile.readline(left_bytes)) != b"\r\n":
+        while (line := self.rfile.readline(left_bytes)) != b"\r\n" or form is FIRST_LINE:
             left_bytes -= len(line)
             if not left_bytes or len(self.headers) == FIELDS:
                 words = f"a header has {HEADER_BYTES} bytes and {FIELDS} fields at most"
@@ -910,8 +911,7 @@ class Server:
         self.digest, self.tls = hashlib.sha256(settings["credentials"]).digest(), settings["tls"]
         self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
         self.stopping, self.due_s, self._connections = False, float("inf"), set[Handler]()
-        self._next: Handler | None = None  # accepted, but there is no thread for it yet
-        self._ended = threading.Condition()  # guards the connections
+        self._ended, (self._stop, self.stopper) = threading.Condition(), os.pipe()
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
 
     def run(self, listener: socket.socket) -> None:
@@ -927,15 +927,14 @@ class Server:
         try:
             if taken >= self._most:
                 raise OSError(f"all {taken} places are taken")
-            if not self._next:
-                client, (host, *_) = listener.accept()
-                wait_s = HEADER_S if taken < self._most / 2 else TICK_S  # lest places run out
-                self._next = Handler(client, host.removeprefix("::ffff:"), self, wait_s)  # RFC 4291
+            select.select([listener.fileno(), self._stop], [], [], TICK_S)
+            client, (host, *_) = listener.accept()
+            wait_s = HEADER_S if taken < self._most / 2 else TICK_S  # lest places run out
+            connection = Handler(client, host.removeprefix("::ffff:"), self, wait_s)  # RFC 4291
             with self._ended:  # which it needs to end
-                threading.Thread(target=self._serve, args=[self._next], daemon=True).start()
-                self._connections.add(self._next)
-            self._next = None
-        except (socket.timeout, ConnectionError):
+                threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+                self._connections.add(connection)
+        except (BlockingIOError, ConnectionError):
             return
         except (OSError, MemoryError, RuntimeError) as error:  # no more descriptors, threads
             with self._ended:
@@ -1129,7 +1128,7 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         couriers.append(Courier(f"/{name[len('room_id_') :]}", room_id, settings, spool, webex))
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
     listener = listen(environ, host, port)
-    listener.settimeout(TICK_S)
+    listener.setblocking(False)
     threads = [threading.Thread(target=server.run, args=[listener], daemon=True)]
     threads += [threading.Thread(target=courier.run, daemon=True) for courier in couriers]
     for thread in threads:
@@ -1154,6 +1153,7 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         if "WATCHDOG_USEC" in environ and now_s < due_s:  # of before the wait for a slow disk
             notify(environ, "WATCHDOG=1")
     deadline_s, server.stopping = time.monotonic() + STOP_S, True
+    os.close(server.stopper)
     notify(environ, "STOPPING=1")
     for courier in couriers:
         courier.stopping.set()  # the send in flight is the last

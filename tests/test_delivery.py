@@ -266,14 +266,19 @@ def test_a_refused_message_goes_once_more_as_plain_text(courier, spool, webex):
 def test_an_alarm_refused_in_both_forms_waits_a_minute_and_holds_no_other(
     courier, spool, webex, clock
 ):
+    def fault_for(request: dict) -> Fault | None:
+        return Fault(status=400) if "one" in json.dumps(request["content"]) else None
+
+    webex.fault_for = fault_for
     store(spool, "one", "two")
-    webex.faults.extend([Fault(status=400)] * 2)
-    assert [courier.step(), courier.step(), courier.step()] == [1.0, 0.0, None]
+    assert [courier.step(), courier.step()] == [1.0, 0.0]
+    assert [courier.step(), courier.step()] == [1.0, None]  # a delivery says that the room is well
     forms = [set(request["content"]) - {"roomId"} for request in webex.requests]
-    assert forms == [{"markdown"}, {"text"}, {"markdown"}]
+    assert forms == [{"markdown"}, {"text"}, {"markdown"}, {"markdown"}, {"text"}]
     assert names(webex) == ["two"]
     assert spool.waiting == 1
     assert courier.trouble.startswith("room /: delivery refused: 400 ")
+    webex.fault_for = lambda _: None
     clock.now_s += 59
     assert courier.step() is None
     clock.now_s += 1
@@ -289,23 +294,34 @@ def test_an_alarm_refused_in_both_forms_waits_a_minute_and_holds_no_other(
     assert names(webex) == ["two", "one", "three"]
 
 
-def test_a_room_in_which_all_is_refused_is_asked_at_a_bounded_pace(courier, spool, webex, clock):
+def test_after_a_spell_of_refusals_all_is_delivered_at_once(courier, spool, webex, clock):
+    webex.fault_for = lambda _: Fault(status=400)
+    store(spool, "one", "two", "three")
+    while (wait_s := courier.step()) is not None:
+        clock.now_s += wait_s
+    webex.fault_for = lambda _: None
+    store(spool, "four")
+    assert [courier.step() for _ in range(5)] == [0.0, 0.0, 0.0, 0.0, None]
+    assert names(webex) == ["four", "one", "two", "three"]
+
+
+def test_a_room_in_which_all_is_refused_is_asked_once_a_minute(courier, spool, webex, clock):
     store(spool, *(f"number {number}" for number in range(100)))
     webex.fault_for = lambda _: Fault(status=400)
-    while (wait_s := courier.step()) == 0.0:
-        pass  # a digest, in ever smaller parts
-    began, count = clock.now_s, len(webex.requests)
-    while clock.now_s < began + 300:
+    while (wait_s := courier.step()) is not None:  # each once
         clock.now_s += wait_s
-        wait_s = courier.step() or 1.0
-    assert len(webex.requests) - count < 10 * 300
+    count = len(webex.requests)
+    assert count < 2 * 100 + 10
+    for _ in range(300):
+        clock.now_s += 1
+        courier.step()
+    assert 2 * 4 <= len(webex.requests) - count <= 2 * 6
     webex.fault_for = lambda _: None
     clock.now_s += 60
     while courier.step() is not None:
         pass
-    assert sorted(int(re.search(r"number (\d+)", text)[1]) for text in webex.alarms()) == [
-        *range(100)
-    ]
+    numbers = [int(re.search(r"number (\d+)", text)[1]) for text in webex.alarms()]
+    assert sorted(numbers) == [*range(100)]
 
 
 @pytest.mark.parametrize("between", [Fault(status=503), Fault(status=429), RESET_BEFORE])

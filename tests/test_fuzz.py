@@ -100,13 +100,15 @@ def reference(data: bytes) -> tuple[list[bool], list[bytes]]:
     while data:
         if data[0] == 0x16:  # TLS
             return [*answers, False], accepted
-        data = data.lstrip(b"\r\n")
+        if data[0] == 0x0D and data[:2] != b"\r\n":
+            return answers, accepted
+        data = data.removeprefix(b"\r\n")
         lines: list[bytes] = []
         while True:
             line, newline, data = data.partition(b"\n")
             if not newline:
                 return answers, accepted  # left
-            if line == b"\r":
+            if line == b"\r" and lines:
                 break
             lines.append(line)
             if not (is_request(line) if len(lines) == 1 else is_field(line)):
@@ -276,7 +278,9 @@ def parse(body: bytes):
     ("data", "answers", "bodies"),
     [
         (b"", 0, 0),
-        (b"\r\n\r\n", 0, 0),
+        (b"\r\n", 0, 0),
+        (b"\r\n\r\n", 1, 0),
+        (b"\rGET", 0, 0),
         (BAIT.encode() + b'{"message": "12345"}', 1, 1),
         (BAIT.encode() + b'{"message": "1234"}', 0, 0),
         (BAIT.encode() * 2 + b'{"message": "12345"}', 2, 0),
