@@ -105,6 +105,8 @@ def test_a_request_that_drips_in_is_refused_as_too_slow(hasty, at_once, dripped)
                 break
             client.send(byte)
             time.sleep(0.02)  # well within any time-out of a single read
+        else:
+            pytest.fail("the relay listens to its end")
         status, headers, body = client.answer()
         assert (status, headers["connection"]) == (408, "close")
         assert "slow" in json.loads(body)["error"]
