@@ -779,9 +779,8 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
             self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
         # Read the rest, so that it is certain where the next request begins.
         self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, False  # it has its answer
-        is_lost |= self.awaits_continue
-        left_bytes = 0 if is_lost else DRAIN_BYTES if self.is_trusted else HEADER_BYTES
-        is_lost = True
+        left_bytes = DRAIN_BYTES if self.is_trusted else HEADER_BYTES
+        left_bytes, is_lost = 0 if is_lost or self.awaits_continue else left_bytes, True
         with suppress(OSError, Refused):
             while left_bytes > 0 and (block := next(body, b"")):
                 left_bytes -= len(block) + 8  # no chunk is free
@@ -858,7 +857,7 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
         if self.path != "/healthz" and not is_right:
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
         if self.path not in ("/healthz", *self.server.couriers):
-            raise Refused(404, "no room has this path: alarms are posted to /")
+            raise Refused(404, "no room has this path: post to /, or to /NAME of a room_id_NAME")
         if self.command != allowed:
             raise Refused(405, f"only {allowed} is answered here", Allow=allowed)
         if self.path == "/healthz":
@@ -922,7 +921,7 @@ class Server:
         listener.close()
 
     def accept(self, listener: socket.socket) -> None:
-        """Begin the next connection, if one comes within the listener's time-out."""
+        """Begin the next connection, if one comes before the next tick or the stop."""
         taken = len(self._connections)
         try:
             if taken >= self._most:
@@ -1095,10 +1094,9 @@ def check(environ: Mapping[str, str], _: str) -> Iterator[str]:
 
 def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     """Post the alarm in FILE, or the workshop's as of now, to the relay on this host."""
-    settings, now_ms = read_settings(as_installed(environ)), int(time.time() * 1000)
-    sample = {"uuid": str(uuid.uuid4()), "entry_time": now_ms, "receive_time": now_ms}
-    content = json.dumps({**json.loads(SAMPLE), **sample}).encode()
-    content = Path(path).read_bytes() if path else content
+    settings, sample = read_settings(as_installed(environ)), json.loads(SAMPLE)
+    sample |= {"uuid": str(uuid.uuid4()), "receive_time": int(time.time() * 1000)}
+    content = Path(path).read_bytes() if path else json.dumps(sample).encode()
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
     if ipaddress.ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
@@ -1110,8 +1108,10 @@ def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     if status:
         yield f"{status} {answer.decode(errors='replace')}"
     if status != 200:
-        advice = "is it running? have listen, webhook_... or tls_... changed? then restart it"
-        raise RelayError(f"{url}: {reason}: {advice}", 1)
+        advice = (
+            "systemctl status alarmrelay; if listen, webhook_... or tls_... changed: restart it"
+        )
+        raise RelayError(f"{url}: {reason}" + (f"; {advice}" if status in (0, 401) else ""), 1)
 
 
 def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
@@ -1143,7 +1143,7 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         words = f"{where}; {spool.waiting} waiting, {spool.delivered} delivered"
         words = "; ".join([words, *lost, *(one.trouble for one in couriers if one.trouble)])
         if not said:
-            log.info("alarmrelay %s %s", __version__, words)
+            (log.warning if lost else log.info)("alarmrelay %s %s", __version__, words)
             notify(environ, "READY=1")
         if words != said:
             notify(environ, f"STATUS={words}")

@@ -411,7 +411,10 @@ alarmrelay.parse_alarms = lambda body, ms: {}[0] if b"bug" in body else real(bod
 
 def test_no_answer_and_no_log_line_echoes_what_was_sent(client, relay):
     client.send(head("POST /forged HTTP/1.1"))
-    assert client.answer()[2] == b'{"error": "no room has this path: alarms are posted to /"}'
+    assert (
+        client.answer()[2]
+        == b'{"error": "no room has this path: post to /, or to /NAME of a room_id_NAME"}'
+    )
     client.send(b"GET /<script>forged</script>\x1b[31m HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b"forged" not in client.answer()[2]
     with Client(relay) as other:

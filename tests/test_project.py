@@ -139,3 +139,8 @@ def test_make_demo_tells_the_story_and_ends_by_itself(tmp_path):
         "Each alarm was on disk before it was answered with 200.",
     ):
         assert part in done.stdout
+    outage = README.partition("## What the room looks like")[2].partition("\n## ")[0]
+    shown = [line.strip(" └─").partition("…")[0].strip() for line in outage.splitlines()]
+    lines = [line for line in shown if line.startswith(("Team,", "**", "- 🔴"))]
+    assert len(lines) > 15
+    assert not [line for line in lines if line not in done.stdout]
