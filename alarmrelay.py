@@ -2,8 +2,7 @@
 """Relay alarm webhooks from Cisco vManage (Catalyst SD-WAN Manager) to a Webex room.
 
     vManage --POST, Basic auth--> Handler --> Spool (SQLite, fsync) --> 200
-                                                |
-                                             Courier --urllib, Bearer--> Webex POST /v1/messages
+                                  Courier --urllib, Bearer--> Webex POST /v1/messages
 
 An alarm that was answered with 200 is on disk and reaches the room, at least once, oldest first.
 """
@@ -21,6 +20,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -49,6 +49,7 @@ from typing import Any, Callable, NamedTuple
 
 __version__ = "0.1.0"
 log = logging.getLogger("alarmrelay")
+Counts = collections.Counter[str]
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
 SINGLY, DIGEST = 10, 150  # alarms that wait, or they go together; alarms in a message, at most
@@ -60,7 +61,8 @@ BACKLOG, CONNECTIONS, SPARE_FILES = 1024, 1024, 40  # that the kernel keeps; ope
 STOP_S, GRACE_S, LINGER_S = 10.0, 0.2, 2.0  # of a stop; for what is on its way; for a last word
 DELAYED_MS, DUPLICATE_MS = 300_000, 600_000  # older is old news; sooner, a sender's retry
 WAITING_ALARMS, FREE_BYTES = 100_000, 16 * 2**20  # else new alarms are refused, not deliveries
-TICK_S, RETENTION_STEP = 1.0, 500  # between two status lines, and old alarms deleted in that time
+BUCKETS_S = (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 14_400)  # of delivery times, in /metrics
+TICK_S, RETENTION_STEP = 0.8, 500  # between two status lines, and old alarms deleted in that time
 REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to each of its addresses
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
 PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
@@ -81,8 +83,7 @@ class Refused(RelayError):  # answers a request with this status, {"error": text
 
 
 # === Settings =====================================================================================
-def parse_listen(text: str) -> tuple[str, int]:
-    """Return address and port of `0.0.0.0:5001` or `[::]:5001`; raise ValueError or IndexError."""
+def parse_listen(text: str) -> tuple[str, int]:  # of `0.0.0.0:5001` or `[::]:5001`
     host, _, port = text.rpartition(":")
     return str(ipaddress.ip_address(host.strip("[]"))), range(65536)[int(port)]
 
@@ -113,32 +114,29 @@ def read_settings(environ: Mapping[str, str], names: Collection[str] = SETTINGS)
     """Return settings by name; raise RelayError with a line for each that is missing or wrong."""
     state = f"{environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')}/alarmrelay"
     state = environ.get("STATE_DIRECTORY", "").split(":")[0] or state  # systemd.exec(5)
-    settings: dict[str, Any] = {"state": Path(state), "rooms": {}, "tls": None}
+    settings: dict[str, Any] = {"state": Path(state), "tls": None}
     credentials, problems = Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent")), []
     known = sorted({*environ, *(path.name for path in credentials.glob("room_id_*"))})
-    rooms = [name for name in known if name.startswith("room_id_")] if "room_id" in names else []
+    rooms = [name for name in known if name.startswith("room_id_") and "room_id" in names]
     for name in dict.fromkeys([*names, *rooms]):
         default, form, parse, expected = SETTINGS.get(name, SETTINGS["room_id_NAME"])
         if name in rooms and not re.fullmatch("room_id_(?!(healthz|metrics)$)[a-z0-9_]+", name):
             form = ""
         text, credential = environ.get(name, "").strip() or default, credentials / name
-        with suppress(OSError, LookupError, ValueError):  # ZoneInfo raises each of them
+        try:
             if credential.exists():  # it wins over the variable; systemd.exec(5), "Credentials"
                 text, expected = "", f"{expected}, in the file {credential}"
                 text = credential.read_text(encoding="utf-8").strip() or default
                 text = str(credential) if "-----BEGIN " in text else text  # the PEM file itself
-            if re.fullmatch(form, text):
-                settings[name] = parse(text)
-                if name.startswith("room_id") and text:
-                    settings["rooms"][name] = text
-                continue
-        if name == "time_zone" and not zoneinfo.available_timezones():
-            expected = "a time zone database, which this host lacks: install the package tzdata"
-        found = f"nothing: export {name}=... or set it in {ENV_FILE}"
-        if text:
+            settings[name] = parse(re.fullmatch(form, text)[0])  # type: ignore[index]
+        except (OSError, LookupError, TypeError, ValueError):  # no match; ZoneInfo raises others
+            if name == "time_zone" and not zoneinfo.available_timezones():
+                expected = "a time zone database, which this host lacks: install the package tzdata"
             is_secret = name.startswith(("bearer", "room", "webhook")) or {"@", "?"} & {*text}
             found = "a hidden value" if is_secret else repr(text[:99])
-        problems.append(f"{name}: expected {expected}, found {found}")
+            found = found if text else f"nothing: export {name}=... or set it in {ENV_FILE}"
+            problems.append(f"{name}: expected {expected}, found {found}")
+    settings["rooms"] = {k: v for k, v in settings.items() if k.startswith("room_id") and v}
     pair = settings.get("tls_certificate", ""), settings.get("tls_key", "")
     try:
         if any(pair):
@@ -157,49 +155,46 @@ def read_settings(environ: Mapping[str, str], names: Collection[str] = SETTINGS)
 
 
 # === Message ======================================================================================
-# Pure functions of an alarm, the JSON object that vManage posts; none of its fields is certain:
-#   {"rule_name_display": "OMP_State_Change", "message": "OMP state changed", "severity": "Major",
-#    "active": true, "receive_time": 1579323421121, "values_short_display": [{"color": "lte"}], …}
+# Pure functions of an alarm, a JSON object as SAMPLE that vManage posts; no field is certain.
 MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}  # vManage's own colours
 # What ends a line, turns its direction or has no UTF-8: control characters, separators, bidi
 # controls, lone surrogates. Then what Webex takes for markup; inside a word an underscore is not.
 BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MARKUP = re.compile(r"[\\`*\[\]~]|(?<!\w)_+|(?<!_)_+(?!\w)")
-ATOMS = re.compile(r"(\\.|&\w+;|\*\*[\w ]+\*\*|[^\\&*])*")  # what does not end in the middle of one
-# Lenient: neither a tab in a string nor more digits than int() takes is a reason to lose an alarm.
+# Lenient: no tab in a string, garbled byte or number too long for int() shall lose an alarm.
 DECODER = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 400 else n, strict=False)
 
 
-def show(value: object) -> str:
-    """Return text, or anything else as JSON, such that Webex shows it literally in one line."""
+def one_line(value: object, most: int = MESSAGE_BYTES) -> str:  # text, or anything else as JSON
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = BREAKING.sub(" ", text[:MESSAGE_BYTES])  # the rest would be cut off anyway
-    return html.escape(MARKUP.sub(lambda m: re.sub("(.)", r"\\\1", m[0]), text), quote=False)
+    return BREAKING.sub(" ", text[:most])
 
 
-@dataclass(frozen=True)
+def show(value: object) -> str:  # as text that Webex shows literally
+    text = MARKUP.sub(lambda match: re.sub("(.)", r"\\\1", match[0]), one_line(value))
+    return html.escape(text, quote=False)
+
+
+@dataclass
 class Alarm:
     fields: dict[str, Any]
     received_ms: int  # by this host's clock, epoch milliseconds
-    spool_id: int = 0
+    spool_id: int = 0  # none of a duplicate
 
     def name(self) -> str:
         """Return the rule's name as people know it."""
-        for key in ("rule_name_display", "rulename", "type", "eventname"):
-            name = self.fields.get(key)
-            # Correlated alarms carry the literal eventname "rulename".
-            if isinstance(name, str) and name.strip() and (key, name) != ("eventname", "rulename"):
-                return name
-        return "unknown alarm"
+        names = map(self.fields.get, ("rule_name_display", "rulename", "type", "eventname"))
+        # Correlated alarms carry the literal eventname "rulename".
+        known = (n for n in names if isinstance(n, str) and n.strip() and n != "rulename")
+        return next(known, "unknown alarm")
 
     def time(self, zone: tzinfo) -> str:
         """Return when vManage saw it as `Sat Jan 18 05:57:01 2020 CET`, in any locale."""
         for epoch_ms in (*map(self.fields.get, ("receive_time", "entry_time")), self.received_ms):
-            if isinstance(epoch_ms, (int, float)) and not isinstance(epoch_ms, bool):
-                # Not a number, or outside the years 1 to 9999, is as good as missing.
-                with suppress(OverflowError, ValueError, OSError):
-                    moment = datetime.fromtimestamp(epoch_ms / 1000, zone)
-                    return f"{moment.ctime()} {moment.tzname()}"
+            # Not a number in JSON, or outside the years 1 to 9999, is as good as missing.
+            with suppress(OverflowError, ValueError, OSError):
+                moment = datetime.fromtimestamp(float(json.dumps(epoch_ms)) / 1000, zone)
+                return f"{moment.ctime()} {moment.tzname()}"
         return "unknown"
 
     def values(self) -> list[tuple[str, object]]:
@@ -214,18 +209,18 @@ class Alarm:
     def threads(self) -> dict[str, str | None]:
         """Return its uuid, the uuids it clears (JSON), and what is down or up by it."""
         # Which is a rule and values: BFD_TLOC_Up clears BFD_TLOC_Down without a uuid.
-        (rule, _, way), fields = self.name().rpartition("_"), self.fields
+        rule, _, way = self.name().rpartition("_")
         values = sorted(f"{key}={value}" for key, value in self.values())
-        is_clear, cleared = fields.get("active") is False, fields.get("cleared_events")
-        cleared = cleared if is_clear and isinstance(cleared, list) else []
-        uuid, *clears = [BREAKING.sub(" ", str(u or "")) for u in (fields.get("uuid"), *cleared)]
-        is_thing = bool(values) and way == ("Up" if is_clear else "Down")
-        thing = {"up" if is_clear else "down": json.dumps([rule, *values]) if is_thing else None}
+        is_clear = self.fields.get("active") is False
+        cleared = self.fields.get("cleared_events") if is_clear else []
+        uuids = [self.fields.get("uuid"), *(cleared if isinstance(cleared, list) else [])]
+        uuid, *clears = [BREAKING.sub(" ", str(uuid or "")) for uuid in uuids]
         keys = {"uuid": uuid or None, "clears": json.dumps(clears), "up": None, "down": None}
-        return keys | thing
+        if values and way == ("Up" if is_clear else "Down"):
+            keys[way.lower()] = json.dumps([rule, *values])
+        return keys
 
-    def late(self, now_ms: int, words: str) -> str:
-        """Return the words with its age as `14 min` or `3 h`, nothing while it is no old news."""
+    def late(self, now_ms: int, words: str) -> str:  # with its age, nothing while it is no old news
         minutes = (now_ms - self.received_ms) // 60_000
         age = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
         return words.format(age) if now_ms - self.received_ms > DELAYED_MS else ""
@@ -250,56 +245,49 @@ class Alarm:
         severity = f"cleared ({severity})" if mark == "✅" else severity
         lines = [first, f"**Severity:** {mark} {severity}", f"**Receive Time:** {self.time(zone)}"]
         lines += [f" **{show(key).strip()}:** {show(value)}" for key, value in self.values()]
-        last = [self.late(now_ms, "**Delayed:** relayed {} after it came in")]
-        if url and self.fields.get("uuid"):
-            page = urllib.parse.quote(str(self.fields["uuid"])[:99], "", errors="replace")
-            last += [f"[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"]
-        return fit(lines, [*filter(None, last)], limit)
+        late = self.late(now_ms, "<br>**Delayed:** relayed {} after it came in")
+        page = urllib.parse.quote(str(self.fields.get("uuid") or "")[:99], "", errors="replace")
+        link = f"<br>[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"
+        return fit(lines, [late, link if url and page else ""], limit)
 
 
-def parse_alarms(body: bytes, received_ms: int) -> list[tuple[str, Alarm]]:
-    """Return a request's alarms, each with the JSON text to keep; raise Refused."""
+def parse_alarms(body: bytes, received_ms: int) -> list[Alarm]:
+    """Return a request's alarms; raise Refused."""
     try:
-        text = body.decode(json.detect_encoding(body), "replace")  # a garbled name beats no alarm
-        content = DECODER.decode(text.lstrip("\ufeff"))
+        content = DECODER.decode(body.decode(json.detect_encoding(body), "replace"))
         alarms = content if isinstance(content, list) and content else [content]
-        texts = [json.dumps(alarm) for alarm in alarms]
         DECODER.decode("[" * 99 + json.dumps(alarms) + "]" * 99)  # not too deep to be shown
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is empty or no JSON that can be read: {error}") from error
     if not all(isinstance(alarm, dict) for alarm in alarms) or len(alarms) > ALARMS:
         raise Refused(400, f"expected an alarm, a JSON object, or an array of up to {ALARMS}")
-    return [(text, Alarm(alarm, received_ms)) for text, alarm in zip(texts, alarms)]
+    return [Alarm(alarm, received_ms) for alarm in alarms]
 
 
 def fit(lines: Sequence[str], last: Sequence[str], limit: int = MESSAGE_BYTES) -> str:
-    """Return the lines, and `last` in any case, as one message of so many bytes of UTF-8."""
-    whole = "<br>".join([*lines, *last])
-    if len(whole.encode()) <= limit:
-        return whole
-    end = "".join(f"<br>{line}" for line in last)
+    """Return lines, and in any case `last`, each after its <br>, as a message of so many bytes."""
+    text, end = "<br>".join(lines), "".join(last)
+    if len(f"{text}{end}".encode()) <= limit:
+        return f"{text}{end}"
     left = limit - len(f"{end}<br>… ({len(lines)} more lines)".encode())
-    text = ("<br>".join(lines) + "<br>").encode()[:left].decode(errors="ignore")
-    text, is_cut_between_lines, _ = text.rpartition("<br>")  # escaped text holds no other <br>
-    if not is_cut_between_lines:
-        text = ATOMS.match(lines[0].encode()[:left].decode(errors="ignore"))[0]  # type: ignore[index]
+    text = text.encode()[:left].decode(errors="ignore")
+    # Between lines (escaped text holds no other <), or else in no escape, entity or bold word.
+    atoms = re.compile(r"(\\.|&\w+;|\*\*[\w ]+\*\*|[^\\&*<])*")
+    text = text.rpartition("<br>")[0] or atoms.match(text)[0]  # type: ignore[index]
     return f"{text}{end}<br>… ({len(lines) - 1 - text.count('<br>')} more lines)"
 
 
 def format_digest(alarms: Sequence[Alarm], now_ms: int, zone: tzinfo) -> tuple[str, int]:
     """Return one message for alarms, oldest first, with as many as it takes, and their number."""
-    late, lines = alarms[0].late(now_ms, ", the oldest {} ago"), list[str]()
-    first = f"Team, **{{}} alarms** are received from vManage{late}:"
-    for alarm in alarms:
-        lines.append(alarm.line(zone))
-        if len("\n".join([first.format(len(lines)), *lines]).encode()) > MESSAGE_BYTES:
-            lines.pop()
-            break
-    return "\n".join([first.format(len(lines)), *lines]), len(lines)
+    late = alarms[0].late(now_ms, ", the oldest {} ago")
+    first = f"Team, **{{}} alarms** are received from vManage{late}:{{}}"
+    lines = itertools.accumulate(f"\n{alarm.line(zone)}" for alarm in alarms)
+    texts = itertools.starmap(first.format, enumerate(lines, 1))
+    fitting = [*itertools.takewhile(lambda text: len(text.encode()) <= MESSAGE_BYTES, texts)]
+    return "".join(fitting[-1:]), len(fitting)
 
 
-def plain_text(markdown: str) -> str:
-    """Return a message as ASCII without markup, for a Webex that refuses its markdown."""
+def plain_text(markdown: str) -> str:  # ASCII, for a Webex that refuses a message's markdown
     text = re.sub(r"\\(.)|\*\*", r"\1", re.sub(r"<br> ?", "\n", markdown))
     return html.unescape(text).encode("ascii", "replace")[:PLAIN_TEXT_BYTES].decode()
 
@@ -322,19 +310,18 @@ MIGRATIONS = (
     CREATE INDEX down ON alarm (down, room) WHERE down IS NOT NULL""",
 )
 RETRY = {"Retry-After": "30"}  # of what can pass by itself
-DAMAGE = re.compile("malformed|not a database")
-UNDAMAGED = re.compile("locked|full|disk I/O|unable to open|readonly")  # at the start, else it is
-FIND_REQUEST = "SELECT id FROM alarm WHERE request = ? AND received_ms BETWEEN ? AND ?"
-INSERT = "INSERT INTO alarm (room, request, received_ms, body) VALUES (?, ?, ?, ?)"
-ROOMS = "SELECT room, count(*) FROM alarm WHERE delivered_ms IS NULL GROUP BY room"
-OLDEST_WAITING = """SELECT id, received_ms, body FROM alarm WHERE room = ? AND
+INSERT = "INSERT INTO alarm (room, request, received_ms, body) VALUES (?1, ?2, ?3, ?4)"
+FIND_REQUEST = "SELECT id FROM alarm WHERE request = ?2 AND received_ms BETWEEN ?3 - ?5 AND ?3 + ?5"
+ROOMS = """SELECT room, n, received_ms FROM (SELECT room, count(*) AS n, min(id) AS first FROM alarm
+    WHERE delivered_ms IS NULL GROUP BY room) JOIN alarm USING (room) WHERE id = first"""
+OLDEST_WAITING = """SELECT body, received_ms, id FROM alarm WHERE room = ? AND
     delivered_ms IS NULL AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"""
 SET_DELIVERED = """UPDATE alarm SET delivered_ms = :delivered_ms, message_id = :message_id,
     uuid = :uuid, down = :down WHERE id = :spool_id"""
-CLEARED = """SELECT 1 AS rank, id, message_id FROM alarm WHERE room = :room
-    AND uuid IN (SELECT value FROM json_each(:clears)) UNION ALL SELECT * FROM (
-    SELECT 2, id, message_id FROM alarm WHERE room = :room AND down = :up ORDER BY id DESC LIMIT 1)
-    ORDER BY rank, id DESC"""
+CLEARED = """SELECT 1, id, message_id FROM alarm WHERE room = :room
+    AND uuid IN (SELECT value FROM json_each(:clears)) UNION ALL
+    SELECT 2, max(id), message_id FROM alarm WHERE room = :room AND down = :up GROUP BY down
+    ORDER BY 1, 2 DESC"""
 DELETE = "DELETE FROM alarm WHERE id IN (SELECT id FROM alarm WHERE delivered_ms < ? LIMIT ?)"
 
 
@@ -344,15 +331,14 @@ class Spool:
         self._posted = collections.deque[Any]()  # what store() is called with, and a future
         self._unrecorded: dict[int, Any] = {}  # by id; deliveries, when the disk is full
         self.error: Refused | None = None  # what broke it
-        self.delivered = 0  # since the start
         self._path = directory / "alarmrelay.db"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 self._open()
             except (sqlite3.Error, TypeError, ValueError) as error:
-                if UNDAMAGED.search(str(error)):
-                    raise
+                if re.search("locked|full|disk I/O|unable to open|readonly", str(error)):
+                    raise  # the file is well
                 self._move_aside(error)
                 self._open()
         except (OSError, sqlite3.Error, TypeError, ValueError) as error:
@@ -363,8 +349,7 @@ class Spool:
     def _open(self) -> None:
         db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db, db.text_factory = db, lambda text: text.decode(errors="replace")
-        path, wal = self._path, Path(f"{self._path}-wal")
-        if wal.exists() and wal.stat().st_size and not (path.exists() and path.stat().st_size):
+        if not self._path.stat().st_size and Path(f"{self._path}-wal").exists():
             raise ValueError("its -wal stands alone")  # SQLite would throw it away
         db.executescript(PRAGMAS)
         ((version,),) = db.execute("PRAGMA user_version")
@@ -372,8 +357,10 @@ class Spool:
             raise RelayError(f"{self._path} is of a newer relay, version {version}: install that")
         for number, migration in [*enumerate(MIGRATIONS, 1)][version:]:
             db.executescript(f"BEGIN; {migration}; PRAGMA user_version = {number}; COMMIT")
-        self.rooms = dict(db.execute(ROOMS).fetchall())
-        self.waiting = sum(self.rooms.values())
+        # For the status, by path: counts since the start, and when the oldest that waits came in.
+        self.rooms = collections.defaultdict[str, Counts](Counts)
+        for room, waiting, oldest_ms in db.execute(ROOMS):
+            self.count(room, {"waiting": waiting}, oldest_ms=oldest_ms)
 
     def _move_aside(self, error: Exception) -> None:
         aside = f"{self._path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
@@ -383,14 +370,14 @@ class Spool:
             with suppress(FileNotFoundError):
                 os.rename(f"{self._path}{end}", f"{aside}{end}")
 
-    def check(self) -> None:
-        """Raise Refused unless an alarm can be stored now."""
-        if self.error:
-            raise self.error
-        if self.waiting >= WAITING_ALARMS:
-            raise Refused(503, "too many alarms wait for Webex", **RETRY)
-        if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
-            raise Refused(503, f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}", **RETRY)
+    def refusal(self) -> Refused | None:
+        """Return why no alarm can be stored now, if so."""
+        full = f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}"
+        if self.error or shutil.disk_usage(self._path.parent).free < FREE_BYTES:
+            return self.error or Refused(503, full, **RETRY)
+        if sum(room["waiting"] for room in [*self.rooms.values()]) < WAITING_ALARMS:
+            return None
+        return Refused(503, "too many alarms wait for Webex", **RETRY)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -406,53 +393,67 @@ class Spool:
                     self._db.execute("ROLLBACK")
                 if str(error) == "database or disk is full":
                     raise Refused(503, f"{error}: {self._path.parent}", **RETRY) from error
-                if DAMAGE.search(str(error)):
+                if re.search("malformed|not a database", str(error)):
                     self._move_aside(error)  # a new process begins a new one
                 # For good: after a failed fsync the kernel may have dropped the pages, and the next
                 # says that all is well. Only a new process that reads the file knows what it holds.
                 self.error = Refused(503, f"the spool cannot be read or written: {error}")
                 raise self.error from error
 
-    def store(self, room: str, request: bytes, received_ms: int, bodies: list[str]) -> list[int]:
+    def store(self, room: str, request: bytes, alarms: Sequence[Alarm]) -> list[int]:
         """Put the alarms of a request (its hash) on disk; return their ids; raise Refused."""
-        self.check()
+        if refused := self.refusal():
+            raise refused
+        rows = [(room, request, alarm.received_ms, json.dumps(alarm.fields)) for alarm in alarms]
+        stored = concurrent.futures.Future[list[int]]()
         # Whoever gets the lock first commits for all that came during the commit before. Queued
         # before the lock is taken, so that who finds the queue empty under the lock is on disk.
-        stored, taken = concurrent.futures.Future[list[int]](), list[list[int]]()
-        self._posted.append((stored, bodies, room, request, received_ms))
+        self._posted.append((stored, room, alarms, rows))
         with self._lock:
             if stored.done():
                 return stored.result()
             batch = [self._posted.popleft() for _ in range(len(self._posted))]
             try:
                 with self._transaction() as db:
-                    for _, bodies, room, request, ms in batch:
-                        window = request, ms - DUPLICATE_MS, ms + DUPLICATE_MS
-                        new = [] if db.execute(FIND_REQUEST, window).fetchone() else bodies
-                        rows = ((room, request, ms, body) for body in new)
-                        taken.append([db.execute(INSERT, row).lastrowid or 0 for row in rows])
-                for (future, *_), ids in zip(batch, taken):
-                    self.waiting += len(ids)
+                    for *_, alarms, rows in batch:
+                        known = db.execute(FIND_REQUEST, (*rows[0], DUPLICATE_MS)).fetchone()
+                        for alarm, row in zip(alarms, [] if known else rows):
+                            alarm.spool_id = db.execute(INSERT, row).lastrowid or 0
+                for future, room, alarms, _ in batch:
+                    ids = [alarm.spool_id for alarm in alarms if alarm.spool_id]
                     future.set_result(ids)
+                    kind, told = "accepted" if ids else "duplicates", self.rooms[room]
+                    oldest_ms = told["oldest_ms"] if told["waiting"] else alarms[0].received_ms
+                    changes = {kind: len(alarms), "waiting": len(ids)}
+                    self.count(room, changes, oldest_ms=oldest_ms)
             except Refused as refusal:
                 for future, *_ in batch:
                     future.set_exception(refusal)
         return stored.result(0)
+
+    def count(self, room: str, changes: Mapping[str, int], **others: int) -> None:
+        """Add changes to what is told of a room, and set others."""
+        with self._lock:  # readers take none: they see all of it or nothing
+            self.rooms[room] = Counts({**(self.rooms[room] + Counts(changes)), **others})
+
+    def _read(self, body: str, *row: int) -> Alarm:  # or what is left of it
+        with suppress(ValueError, TypeError):
+            return Alarm(DECODER.decode(body), *row)
+        return Alarm({"message": f"This alarm is damaged on disk: {body}"}, *row)
 
     def oldest_waiting(self, room: str, aside: Collection[int]) -> tuple[list[Alarm], str]:
         """Return alarms to be delivered next, without those set aside, and the first's parent."""
         found, size = list[Alarm](), 0
         with self._transaction() as db:
             skipped = json.dumps([*self._unrecorded, *aside])
-            for spool_id, received_ms, body in db.execute(OLDEST_WAITING, (room, skipped, DIGEST)):
-                fields = {"message": f"This alarm is damaged on disk: {body}"}
-                with suppress(ValueError, TypeError):
-                    fields = DECODER.decode(body)
-                found.append(Alarm(fields, received_ms, spool_id))
-                size += len(str(body))
+            for row in db.execute(OLDEST_WAITING, (room, skipped, DIGEST)):
+                found.append(self._read(*row))
+                size += len(str(row[0]))
                 if size > BODY_BYTES and len(found) > SINGLY:
                     break
             cleared = found and db.execute(CLEARED, {"room": room, **found[0].threads()}).fetchone()
+        if found and not aside:  # or it is that which was set aside first
+            self.count(room, {}, oldest_ms=found[0].received_ms)
         return found, cleared[2] if cleared else ""
 
     def set_gone(self, gone: str) -> None:
@@ -463,28 +464,26 @@ class Spool:
     def set_delivered(self, room: str, message_id: str, delivered_ms: int, *alarms: Alarm) -> None:
         """Record that alarms stand in the room, in the Webex message with this id."""
         sent = {"room": room, "message_id": message_id, "delivered_ms": delivered_ms}
+        took_ms = [max(0, delivered_ms - alarm.received_ms) for alarm in alarms]
+        number = len(alarms)
+        counts = {"messages": 1, "delivered": number, "+Inf": number, "waiting": -number}
+        counts |= {str(s): sum(ms <= s * 1000 for ms in took_ms) for s in BUCKETS_S}
         with self._lock:
-            for alarm in alarms:
-                self._unrecorded[alarm.spool_id] = {**vars(alarm), **alarm.threads(), **sent}
-            self.waiting, self.delivered = self.waiting - len(alarms), self.delivered + len(alarms)
-            self._record()
+            self.count(room, {**counts, "ms": sum(took_ms)})
+            self._unrecorded |= {a.spool_id: {**vars(a), **a.threads(), **sent} for a in alarms}
+            self.delete_delivered()
 
-    def _record(self) -> None:
-        with suppress(Refused):  # later, then; until then they are not sent again
+    def delete_delivered(self, before_ms: int = 0) -> None:
+        """Record deliveries not yet recorded; delete some alarms delivered before that."""
+        with self._lock, suppress(Refused):  # later, then; until then they are not sent again
             with self._transaction() as db:
                 for delivery in self._unrecorded.values():  # in their order: down, up, down again
                     found = db.execute(CLEARED, delivery).fetchall()  # by uuid, else by what is up
                     cleared = [(spool_id,) for rank, spool_id, _ in found if rank == found[0][0]]
                     db.executemany("UPDATE alarm SET down = NULL WHERE id = ?", cleared)
                     db.execute(SET_DELIVERED, delivery)
-            self._unrecorded.clear()
-
-    def delete_delivered(self, before_ms: int) -> None:
-        """Delete some that were delivered before that; record what a full disk has kept from it."""
-        with self._lock, suppress(Refused):
-            self._record()
-            with self._transaction() as db:
                 db.execute(DELETE, (before_ms, RETENTION_STEP))
+            self._unrecorded.clear()
 
     def close(self) -> None:
         with self._lock:
@@ -492,33 +491,44 @@ class Spool:
 
 
 # === Webex ========================================================================================
+class Wire(io.RawIOBase):  # the bytes that come over a connection
+    def __init__(self, connection: socket.socket, deadline_s: float = 0.0) -> None:
+        self.connection, self.deadline_s = connection, deadline_s  # monotonic
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes, 0 is the end; raise Refused at the deadline, however slowly they come."""
+        with suppress(socket.timeout):
+            if (left_s := self.deadline_s - time.monotonic()) > 0:
+                self.connection.settimeout(left_s)
+                return int(self.connection.recv_into(buffer))
+        raise Refused(408, "the request came too slowly", Connection="close")
+
+
 Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
 
 
 class Verdict(NamedTuple):
     kind: str  # "delivered", "refused" (the message), "held" (token, room), "paused", "failed"
     wait_s: float
-    reason: str  # for people, with what to do; the message's id if it is delivered
+    reason: str  # for people; the message's id if it is delivered
+    meaning: str = ""  # that Webex does
+    advice: str = ""  # with its semicolon, if there is one
     tracking_id: str = ""  # Cisco's support asks for it
-    status: int = 200
 
 
-ADVICE = {
-    0: "check network, clock and https_proxy; if a proxy opens TLS, SSL_CERT_FILE",
-    400: "check room_id; `alarmrelay.py preview` shows the message",
-    401: "replace bearer_token and restart",
-    403: "the bot must be a member of the room and allowed to post in it",
-    404: "check room_id and webex_url, and that the bot is a member of the room",
+# By status, what it means that Webex does; what to do. 0: no answer; 200: one without an id.
+MEANING = {
+    0: "does not answer; check network, clock and https_proxy; if a proxy opens TLS, SSL_CERT_FILE",
+    200: "fails; check webex_url; does a proxy answer for Webex?",
+    400: "refuses the message; check room_id; `alarmrelay.py preview` shows the message",
+    401: "refuses the token; replace bearer_token and restart",
+    403: "refuses the bot; the bot must be a member of the room and allowed to post in it",
+    404: "has no such room; check room_id and webex_url, and that the bot is a member of the room",
+    **dict.fromkeys((423, 429), "limits the bot"),
 }
-
-
-def parse_retry_after(text: str, now_s: float) -> float:
-    """Return the seconds that a Retry-After field asks for (RFC 9110, 10.2.3), within bounds."""
-    wait_s = PAUSE_S
-    with suppress(TypeError, ValueError, IndexError, OverflowError):
-        is_number, parse_date = re.fullmatch("-?[0-9]+", text), email.utils.parsedate_to_datetime
-        wait_s = float(text) if is_number else parse_date(text).timestamp() - now_s
-    return min(max(wait_s, PAUSE_MIN_S), PAUSE_MAX_S)
 
 
 def judge(answer: Answer, failures: int, now_s: float) -> Verdict:
@@ -530,77 +540,65 @@ def judge(answer: Answer, failures: int, now_s: float) -> Verdict:
     message_id = content.get("id")
     if status == 200 and message_id and isinstance(message_id, str) and message_id.isprintable():
         return Verdict("delivered", 0.0, message_id)
-    said, advice = content.get("message"), ADVICE.get(status)
-    if 200 <= status < 400:  # a redirect is never followed
-        said, advice = "no id in it", "check webex_url; does a proxy answer for Webex?"
-    reason = BREAKING.sub(" ", f"{reason}: {said}" if said else reason)[:300]  # into STATUS=, too
-    reason += f"; {advice}" if advice else ""
+    is_odd = 200 <= status < 400  # a redirect is never followed
+    said = "no id in it" if is_odd else content.get("message")
+    reason = one_line(f"{reason}: {said}" if said else reason, 300)  # into STATUS=, too
+    meaning, *advice = MEANING.get(200 if is_odd else status, "fails").partition(";")
     tracking_id = str(content.get("trackingId") or headers.get("trackingId", ""))[:100]
     kind, wait_s = "failed", min(RETRY_S * 2 ** min(failures, 30), RETRY_MAX_S)
     if status in (423, 429):
-        kind, wait_s = "paused", parse_retry_after(headers.get("Retry-After", "").strip(), now_s)
+        kind, wait_s, asked = "paused", PAUSE_S, headers.get("Retry-After", "").strip()
+        with suppress(TypeError, ValueError, IndexError, OverflowError):
+            is_number, to_date = re.fullmatch("-?[0-9]+", asked), email.utils.parsedate_to_datetime
+            wait_s = float(asked) if is_number else to_date(asked).timestamp() - now_s
+        wait_s = min(max(wait_s, PAUSE_MIN_S), PAUSE_MAX_S)  # RFC 9110, 10.2.3
     elif 400 <= status < 500:
         kind, wait_s = "refused" if status == 400 else "held", HOLD_S
-    return Verdict(kind, wait_s, reason, tracking_id, status)
+    return Verdict(kind, wait_s, reason, meaning, "".join(advice), tracking_id)
 
 
 class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def __init__(self, url: str, authorization: str, timeout_s: float = REQUEST_S) -> None:
-        super().__init__()
         self.tls, self._url, self._timeout_s = ssl.create_default_context(), url, timeout_s
+        super().__init__(context=self.tls)
         self._headers = {"Content-Type": "application/json", "Authorization": authorization}
 
     def ask(self, path: str, payload: bytes | None = None) -> Answer:
         """Get a path, as /people/me, or post a payload to it; return the answer in time."""
+        self._deadline_s = time.monotonic() + self._timeout_s
         request = urllib.request.Request(self._url.rstrip("/") + path, payload, self._headers)
-        # Plain http only goes to a loopback address. No handler follows redirects: urllib's would
-        # send the token to the other host, by GET.
-        proxies = {k: v for k, v in urllib.request.getproxies().items() if k == "https"}
         opener, secret = urllib.request.OpenerDirector(), self._headers["Authorization"].split()[-1]
-        opener.add_handler(urllib.request.ProxyHandler(proxies))
+        # No handler follows redirects: urllib's would send the token to the other host, by GET.
         opener.add_handler(self)
-        self._is_late, self._wires = False, list[socket.socket]()
-        timer = threading.Timer(self._timeout_s, self._cut)  # urllib bounds each wait, not all
+        if request.type == "https":  # plain http only goes to a loopback address
+            opener.add_handler(urllib.request.ProxyHandler())
         try:
-            timer.start()
-            with opener.open(request, timeout=self._timeout_s) as reply:
+            with opener.open(request, timeout=CONNECT_S) as reply:
                 content = reply.read(ANSWER_BYTES).replace(secret.encode(), b"[hidden]")
                 return reply.status, f"{reply.status} {reply.reason}", reply.headers, content
-        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
+        except Refused:
+            reason = f"no answer within {self._timeout_s:g} s"
+        except (OSError, http.client.HTTPException, ValueError) as error:
             # Not the text of all of them: it may hold the password of a proxy.
             reason = f"no answer: {getattr(error, 'reason', type(error).__name__)}"
-        finally:
-            timer.cancel()
-            is_late = self._is_late
-            self._cut()
-        return 0, f"no answer within {self._timeout_s:g} s" if is_late else reason, {}, b""
+        return 0, reason, {}, b""
 
-    def _cut(self) -> None:
-        self._is_late = True
-        for wire in self._wires:
-            with wire, suppress(OSError):
-                wire.shutdown(socket.SHUT_RDWR)
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
+        """Connect, send and read the header of the answer, for both http and https."""
+        deadline_s = self._deadline_s
 
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connect, req)
+        class Connection(http_class):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                if time.monotonic() > deadline_s:  # nobody waits: the message would stand twice
+                    raise Refused(408, "too late to send a message")
 
-    https_open = http_open
+            def response_class(self, wire: socket.socket, *args: Any, **options: Any) -> Any:
+                reply: Any = http.client.HTTPResponse(wire, *args, **options)
+                reply.first_fp, reply.fp = reply.fp, io.BufferedReader(Wire(wire, deadline_s))
+                return reply
 
-    def _connect(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
-        is_tls = self._url.startswith("https:")
-        kind: Any = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
-        connection = kind(host, **options, **({"context": self.tls} if is_tls else {}))
-        connection._create_connection = self._dial
-        return connection  # type: ignore[no-any-return]
-
-    def _dial(self, address: tuple[str, int], *_: object) -> socket.socket:
-        wire = socket.create_connection(address, CONNECT_S)
-        self._wires.append(wire)
-        self._wires.append(wire.dup())  # the same connection, whatever TLS makes of the socket
-        if self._is_late:  # nobody waits: the message would stand there twice
-            raise TimeoutError("too late to send the message")
-        wire.settimeout(REQUEST_S)
-        return wire
+        return super().do_open(Connection, req, **options)
 
 
 # === Courier ======================================================================================
@@ -621,18 +619,18 @@ class Courier:
     spool: Spool
     webex: Client
     clock: Callable[[], float] = time.time
-    trouble: str = ""  # what is in the way of delivery
+    trouble: Verdict | None = None  # what is in the way of delivery
+    since_s: float = 0.0  # when that began
+    retry_s: float = 0.0  # when it is tried again
     failures: int = 0  # in a row
     most: int = DIGEST  # alarms in the next digest, fewer after one that was refused
     aside: list[int] = field(default_factory=list)  # ids of refused alarms, the next to try first
-    retry_s: float = 0.0  # when that is
     due_s: float = float("inf")  # monotonic; without another sign of life by then it is stuck
     arrived: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def step(self) -> float | None:
         """Try to deliver what came first; return the seconds to wait, None for an arrival."""
-        self.arrived.clear()  # before the look into the spool, or an arrival in between is missed
         now_ms, zone = int(self.clock() * 1000), self.settings["time_zone"]
         waiting, parent = self.spool.oldest_waiting(self.room, self.aside)
         if not waiting:  # then one that Webex has refused, once a minute or after a delivery
@@ -655,7 +653,7 @@ class Courier:
         answer = self.webex.ask("/messages", json.dumps(message).encode())
         self.due_s = time.monotonic() + STALL_S
         verdict = judge(answer, self.failures, self.clock())
-        if parent and verdict.status in (400, 404):
+        if parent and answer[0] in (400, 404):
             verdict = self._send(**content)
             if verdict.kind not in ("held", "refused"):  # else it is not the parent that is wrong
                 self.spool.set_gone(parent)
@@ -670,24 +668,26 @@ class Courier:
             for alarm in alarms:
                 words = f"message={verdict.reason} after {now_s - alarm.received_ms / 1000:.1f} s"
                 log.info("alarm %d delivered: %s", alarm.spool_id, words)
-            self.retry_s, self.most, self.trouble = 0.0, DIGEST, self.trouble if self.aside else ""
+            self.retry_s, self.most = 0.0, DIGEST
+            self.trouble = self.trouble if self.aside else None
             return 0.0
+        self.spool.count(self.room, {verdict.kind: 1})
         if verdict.kind == "refused" and len(alarms) > 1:
             log.warning("%d alarms go again in parts: %s", len(alarms), verdict.reason)
             self.most = len(alarms) // 2
             return 0.0
         jitter = RETRY_JITTER if verdict.kind == "failed" else 0.0
         wait_s = verdict.wait_s * secrets.SystemRandom().uniform(1 - jitter, 1 + jitter)
-        words = f"delivery {verdict.kind}: {verdict.reason}"
-        trouble, self.trouble = self.trouble, f"room {self.room}: {words}"
+        before, self.trouble, self.retry_s = self.trouble, verdict, now_s + wait_s
+        self.since_s = self.since_s if before and before.meaning == verdict.meaning else now_s
         # What the operator has to mend is said once; of what passes, every attempt is news.
-        passes = verdict.kind in ("paused", "failed")
-        if passes or trouble != self.trouble:
+        level = logging.WARNING if verdict.kind in ("paused", "failed") else logging.ERROR
+        if level == logging.WARNING or not before or before[:3] != verdict[:3]:
+            words = f"delivery {verdict.kind}: {verdict.reason}{verdict.advice}"
             words += f" (trackingId {verdict.tracking_id or 'none'}); tried again in {wait_s:.0f} s"
-            level = logging.WARNING if passes else logging.ERROR
             log.log(level, "room %s, alarm %d: %s", self.room, spool_id, words)
         if verdict.kind == "refused":  # it does not hold the others
-            self.aside, self.retry_s, wait_s = [*self.aside, spool_id], now_s + HOLD_S, RETRY_S
+            self.aside, wait_s = [*self.aside, spool_id], RETRY_S
         return wait_s
 
     def run(self) -> None:
@@ -698,205 +698,240 @@ class Courier:
             with guard(f"room {self.room}"), suppress(Refused):  # by a spool that broke: all ends
                 wait_s = self.step()
             self.due_s = float("inf")
-            if wait_s is not None:
-                self.stopping.wait(wait_s)
-            elif not self.stopping.is_set():  # set before arrived, which step() clears
-                self.arrived.wait(HOLD_S if self.aside else None)
+            woken = self.arrived if wait_s is None else self.stopping
+            woken.wait(HOLD_S if wait_s is None else wait_s)
+            self.arrived.clear()  # before the looks at the stop and into the spool: none is missed
+
+
+# === Status =======================================================================================
+# What spool and couriers have in memory: the same work always, and no lock that a post waits for.
+CODES = (200, 400, 401, 404, 405, 408, 411, 413, 431, 501, 503)  # that a request is answered with
+# Type, help, and what is counted for each sample; "%s" is the room's path.
+ROOM, CODE = '{room="%s"}', {f'{{code="{code}"}}': f"HTTP {code}" for code in CODES}
+REASON = {f'{{room="%s",reason="{k}"}}': k for k in ("held", "refused", "paused", "failed")}
+TOOK = {f'_bucket{{room="%s",le="{limit}"}}': f"{limit}" for limit in (*BUCKETS_S, "+Inf")}
+TOOK |= {f"_sum{ROOM}": "took_s", f"_count{ROOM}": "+Inf"}
+METRICS = {
+    "alarmrelay_alarms_accepted_total": ("counter", "Alarms stored.", {ROOM: "accepted"}),
+    "alarmrelay_duplicates_total": ("counter", "Alarms posted again.", {ROOM: "duplicates"}),
+    "alarmrelay_messages_delivered_total": ("counter", "Taken by Webex.", {ROOM: "messages"}),
+    "alarmrelay_alarms_delivered_total": ("counter", "Alarms in them.", {ROOM: "delivered"}),
+    "alarmrelay_delivery_failures_total": ("counter", "Not taken by Webex.", REASON),
+    "alarmrelay_alarms_waiting": ("gauge", "Stored and not in the room.", {ROOM: "waiting"}),
+    "alarmrelay_oldest_waiting_seconds": ("gauge", "Since it came in.", {ROOM: "oldest_s"}),
+    "alarmrelay_delivery_seconds": ("histogram", "From an alarm's post to the room.", TOOK),
+    "alarmrelay_requests_total": ("counter", "Answered with this status.", CODE),
+    "alarmrelay_build_info": ("gauge", "The program.", {f'{{version="{__version__}"}}': "one"}),
+    "process_start_time_seconds": ("gauge", "Seconds since the epoch.", {"": "started_s"}),
+}
+
+
+class Status:
+    def __init__(self, spool: Spool, couriers: Sequence[Courier], zone: tzinfo) -> None:
+        self.spool, self.zone, self.started_s = spool, zone, time.time()
+        self.couriers = {courier.room: courier for courier in couriers}
+        # A step of these is one of the interpreter's: threads need no lock for it.
+        self.answers = {code: itertools.count() for code in CODES}
+
+    def verdict(self) -> str:
+        """Return how it is in a sentence: whether alarms wait, why, since when and what to do."""
+        refused, rooms = self.spool.refusal(), self.spool.rooms
+        found = [f"New alarms are refused: {refused}"] if refused else []
+        for room in sorted(room for room in rooms if rooms[room]["waiting"]):
+            number, courier = rooms[room]["waiting"], self.couriers.get(room)
+            words = "1 alarm waits" if number == 1 else f"{number} alarms wait"
+            words += f" for room {room}" if len(rooms) > 1 else ""
+            if not courier:
+                words += f": set room_id{room.replace('/', '_')}"
+            elif trouble := courier.trouble:
+                since = datetime.fromtimestamp(courier.since_s, self.zone)
+                again_s = max(0, courier.retry_s - time.time())
+                words += f": Webex {trouble.meaning} ({trouble.reason}) since {since:%H:%M}"
+                words += f", tried again in {again_s:.0f} s{trouble.advice}"
+            found.append(words)
+        where = "the room" if len(rooms) == 1 else "their rooms"
+        return "; ".join(found) or f"All alarms are in {where}"
+
+    def metrics(self) -> str:
+        """Return Prometheus's text format; prometheus.io/docs/instrumenting/exposition_formats."""
+        of_all: dict[str, float] = {"one": 1, "started_s": self.started_s}
+        of_all |= {f"HTTP {code}": int(repr(count)[6:-1]) for code, count in self.answers.items()}
+        lines = list[str]()
+        for name, (kind, text, samples) in METRICS.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            for room, counts in sorted(self.spool.rooms.items()):
+                waited_s = time.time() - counts["oldest_ms"] / 1000 if counts["waiting"] else 0
+                sums = {**counts, "oldest_s": waited_s, "took_s": counts["ms"] / 1000, **of_all}
+                for sample, key in samples.items():
+                    lines.append(f"{name}{sample.replace('%s', room)} {sums.get(key, 0)}")
+        return "\n".join([*dict.fromkeys(lines), ""])  # what has no room once
 
 
 # === HTTP =========================================================================================
 # What could be read in two ways is refused. Each part of a request has a deadline and a bound.
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) (HTTP/1\.[0-9])\r\n" % TOKEN)
-FIELD_LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % TOKEN)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+TOKEN, VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", rb"[^\x00-\x08\x0a-\x1f\x7f]*"
+FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) HTTP/(1\.[0-9])\r\n" % TOKEN)
+FIELD_LINE = re.compile(rb"(%b):(%b)\r\n" % (TOKEN, VALUE))
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;%b)?\r\n" % VALUE)
+SINGLE = ("Content-Length", "Transfer-Encoding", "Authorization", "Host")
 
 
-class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection and its bytes
-    server: Server  # type: ignore[assignment]
-
+class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its bytes
     def __init__(self, client: socket.socket, address: str, server: Server, wait_s: float) -> None:
-        self.connection, self.address, self.server, self.wait_s = client, address, server, wait_s
+        self.connection: Any = client  # or, over TLS, ssl's
+        self.address, self.relay, self.wait_s = address, server, wait_s
         # Credentials were shown; or were not, once; its client may go on sending.
-        self.is_trusted = self.is_answered = self.is_amid = self.close_connection = False
+        self.is_trusted = self.is_answered = self.is_amid = self.is_last = self.is_lost = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Wait for bytes, 0 is the end; raise Refused at the deadline, however slowly they come."""
-        with suppress(socket.timeout):
-            if (left_s := self.deadline_s - time.monotonic()) > 0:
-                self.connection.settimeout(left_s)
-                return int(self.connection.recv_into(buffer))
-        raise Refused(408, "the request came too slowly", Connection="close")
-
-    def serve(self) -> None:
-        """Answer all requests, and close the connection; raise OSError if it breaks."""
-        if tls := self.server.tls:
-            self.connection.settimeout(self.wait_s)  # for the handshake as a whole
-            self.connection = tls.wrap_socket(self.connection, True, False)
-            self.connection.do_handshake()
-        self.rfile: io.BufferedReader = io.BufferedReader(self)
-        while not self.close_connection:
-            self.is_amid = False
-            self.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else self.wait_s)
-            with suppress(Refused):
-                if self.rfile.peek(1)[:1] == b"\r" and self.rfile.readline(2) != b"\r\n":
-                    return  # an empty line may stand before a request; RFC 9112, 2.2
-                self.is_amid = bool(self.rfile.peek(1))
-            if not self.is_amid:
-                return
-            self.deadline_s = time.monotonic() + (HEADER_S if self.is_trusted else self.wait_s)
-            self.handle_one_request()
-
-    def end(self) -> None:
-        """Close the connection so that its client can read the last answer."""
-        with self.connection as ended, suppress(OSError, Refused):
+    def run(self) -> None:
+        """Answer all requests, and close so that the client can read the last answer."""
+        with guard(self.address), suppress(Refused):  # it has no more to say
+            self.rfile: io.BufferedReader = io.BufferedReader(self)  # no earlier: a cycle
+            try:
+                self.serve()
+            except OSError as error:
+                self.is_amid = True
+                log.warning("%s is gone unanswered: %s", self.address, error)
+        with guard(self.address), suppress(OSError, Refused), self.connection as ended:
             ended.settimeout(0)
             with suppress(OSError, AttributeError):  # TLS: a goodbye that waits for none
                 ended.unwrap()  # RFC 8446, 6.1
             ended.shutdown(socket.SHUT_WR)
             # To close while bytes come in is a reset, which can overtake the answer.
             self.deadline_s = time.monotonic() + LINGER_S
-            while self.is_amid and self.read(BLOCK_BYTES):
+            while self.is_amid and self.rfile.read1(BLOCK_BYTES):
                 pass
+        with self.relay.ended:
+            self.relay.connections.remove(self)
+            self.relay.ended.notify_all()
 
-    def handle_one_request(self) -> None:
-        """Answer; the connection stays if it is certain where the next request begins."""
-        self.command, self.close_connection, self.awaits_continue = "", True, False
-        is_lost, body = False, iter(list[bytes]())
-        try:
-            self.parse_request()
-            self.close_connection |= self.server.stopping
-            body = self.read_body(self.body_length())
-            self.answer(200, self.respond(body))
-        except Refused as refusal:
-            log.warning("%s refused: %d %s", self.address, refusal.status, refusal)
-            is_lost = "Connection" in refusal.headers
-            self.close_connection |= is_lost
-            self.answer(refusal.status, {"error": str(refusal)}, **refusal.headers)
-        # Read the rest, so that it is certain where the next request begins.
-        self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, False  # it has its answer
-        left_bytes = DRAIN_BYTES if self.is_trusted else HEADER_BYTES
-        left_bytes, is_lost = 0 if is_lost or self.awaits_continue else left_bytes, True
-        with suppress(OSError, Refused):
-            while left_bytes > 0 and (block := next(body, b"")):
-                left_bytes -= len(block) + 8  # no chunk is free
-            is_lost = left_bytes <= 0
-        self.is_amid, self.close_connection = is_lost, self.close_connection or is_lost
+    def serve(self) -> None:
+        """Answer all requests; raise OSError if the connection breaks, Refused if it is idle."""
+        if tls := self.relay.tls:
+            self.connection.settimeout(self.wait_s)  # for the handshake as a whole
+            self.connection = tls.wrap_socket(self.connection, True, False)
+            self.connection.do_handshake()
+        while not self.is_last:
+            self.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else self.wait_s)
+            is_odd = self.rfile.peek(1)[:1] == b"\r" and self.rfile.readline(2) != b"\r\n"
+            if is_odd or not self.rfile.peek(1):  # an empty line may come first; RFC 9112, 2.2
+                return
+            self.deadline_s = time.monotonic() + (HEADER_S if self.is_trusted else self.wait_s)
+            self.command, self.is_amid, self.is_lost = "", True, True
+            try:
+                self.read_header()
+                self.answer(200, *self.respond())
+            except Refused as refusal:
+                log.warning("%s refused: %d %s", self.address, refusal.status, refusal)
+                self.answer(refusal.status, json.dumps({"error": str(refusal)}), refusal.headers)
+            # Read the rest, or nobody knows where the next request begins: the connection is lost.
+            self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, False  # it has its answer
+            left_bytes = DRAIN_BYTES if self.is_trusted else HEADER_BYTES
+            with suppress(OSError, Refused):
+                while not self.is_lost and (block := self.read_block()):
+                    left_bytes -= len(block) + 8  # no chunk is free
+                    self.is_lost = left_bytes <= 0
+            self.is_amid, self.is_last = self.is_lost, self.is_last or self.is_lost
 
-    def parse_request(self) -> None:  # type: ignore[override]
-        """Read the header; raise Refused, or ConnectionError if the client leaves."""
+    def read_header(self) -> None:
+        """Read the header; raise Refused if in doubt, or ConnectionError if the client leaves."""
         if self.rfile.peek(1)[:1] == b"\x16":  # a handshake; RFC 8446, 5.1
-            words = "this is TLS: the URL must begin with http://, or set tls_certificate"
-            raise Refused(400, words, Connection="close")
+            raise Refused(400, "this is TLS: begin the URL with http://, or set tls_certificate")
         self.headers, form, left_bytes = http.client.HTTPMessage(), FIRST_LINE, HEADER_BYTES + 1
         while (line := self.rfile.readline(left_bytes)) != b"\r\n" or form is FIRST_LINE:
             left_bytes -= len(line)
             if not left_bytes or len(self.headers) == FIELDS:
-                words = f"a header has {HEADER_BYTES} bytes and {FIELDS} fields at most"
-                raise Refused(431, words, Connection="close")
+                raise Refused(431, f"a header has {HEADER_BYTES} bytes and {FIELDS} fields at most")
             if not line.endswith(b"\n"):
                 raise ConnectionError("the client left in the middle of a header")
             if not (match := form.fullmatch(line)):
-                raise Refused(400, "the header cannot be read", Connection="close")
+                raise Refused(400, "the header cannot be read")
             if form is FIRST_LINE:
-                self.command, path, self.request_version = map(bytes.decode, match.groups())
+                self.command, path, version = map(bytes.decode, match.groups())
                 self.path, form = path.partition("?")[0], FIELD_LINE
             else:
                 self.headers[match[1].decode()] = match[2].decode("latin-1").strip(" \t")
+        # Where the body ends; RFC 9112, 6.3. Others must not read one of two that we read.
+        lengths, codings, *others = (self.headers.get_all(name, []) for name in SINGLE)
+        self.is_chunked, is_1_0 = bool(codings), version == "1.0"
+        if self.is_chunked and codings[0].lower() != "chunked":
+            raise Refused(501, "the only Transfer-Encoding known is chunked")
+        is_clear = max(map(len, [lengths + codings, *others])) < 2 and not (codings and is_1_0)
+        # int() takes signs, underscores, other digits.
+        if not is_clear or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            raise Refused(400, "a header field is doubled, or the body's length is in doubt")
+        self.left_bytes = sum(map(int, lengths))
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        is_1_0 = self.request_version == "HTTP/1.0"
-        self.close_connection = is_1_0 or "close" in map(str.strip, connection)
-        expected = self.headers.get("Expect", "").lower()
-        self.awaits_continue = expected == "100-continue" and not is_1_0
+        self.is_last = self.relay.stopping or is_1_0 or "close" in map(str.strip, connection)
+        # A client that waits to be asked for the body may send it all the same, or not.
+        self.is_lost = self.headers.get("Expect", "").lower() == "100-continue" and not is_1_0
 
-    def body_length(self) -> int | None:
-        """Return a body's bytes, None for chunks; raise Refused if in doubt (RFC 9112, 6.3)."""
-        length = self.headers.get("Content-Length", "0")
-        coding = self.headers.get("Transfer-Encoding")
-        single = ("Authorization", "Content-Length", "Host", "Transfer-Encoding")
-        if any(len(self.headers.get_all(name, [])) > 1 for name in single):
-            raise Refused(400, "a header field is doubled", Connection="close")
-        if coding is not None and coding.lower() != "chunked":
-            raise Refused(501, "the only Transfer-Encoding known is chunked", Connection="close")
-        if coding and ("Content-Length" in self.headers or self.request_version == "HTTP/1.0"):
-            raise Refused(400, "Transfer-Encoding with a length or HTTP/1.0", Connection="close")
-        if not re.fullmatch("[0-9]{1,18}", length):  # int() takes signs, underscores, other digits
-            raise Refused(400, "Content-Length is no number", Connection="close")
-        return None if coding else int(length)
+    def read_block(self) -> bytes:
+        """Return a part of the body, b"" at its end; raise as read_header()."""
+        if self.is_lost:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.is_lost, is_chunk = True, self.is_chunked
+        if is_chunk and not self.left_bytes:
+            if not (match := CHUNK_LINE.fullmatch(self.rfile.readline(BLOCK_BYTES))):
+                raise Refused(400, "a chunk does not begin with its size")
+            self.left_bytes = int(match[1], 16)
+            self.is_chunked = self.left_bytes > 0  # the last one is empty
+        block = self.rfile.read(min(self.left_bytes, BLOCK_BYTES))
+        if len(block) < min(self.left_bytes, BLOCK_BYTES):
+            raise ConnectionError("the client left in the middle of a body")
+        self.left_bytes -= len(block)
+        if is_chunk and not self.left_bytes and self.rfile.read(2) != b"\r\n":
+            raise Refused(400, "a chunk is not as long as its size says")
+        self.is_lost = False
+        return block
 
-    def read_body(self, length: int | None) -> Iterator[bytes]:
-        """Yield a body in blocks; raise Refused, or ConnectionError if the client leaves."""
-        while True:
-            size = length
-            if size is None:
-                if not (match := CHUNK_LINE.fullmatch(self.rfile.readline(BLOCK_BYTES))):
-                    raise Refused(400, "a chunk does not begin with its size", Connection="close")
-                size = int(match[1], 16)
-            for left in range(size, 0, -BLOCK_BYTES):
-                block = self.rfile.read(min(left, BLOCK_BYTES))
-                if len(block) < min(left, BLOCK_BYTES):
-                    raise ConnectionError("the client left in the middle of a body")
-                yield block
-            if length is None and self.rfile.read(2) != b"\r\n":
-                raise Refused(400, "a chunk is not as long as its size says", Connection="close")
-            if length is not None or size == 0:
-                return
-
-    def respond(self, body: Iterator[bytes]) -> Mapping[str, str]:
-        """Do what the request asks and return the answer; raise Refused."""
-        allowed = "GET" if self.path == "/healthz" else "POST"
+    def respond(self) -> tuple[str, Mapping[str, str]]:
+        """Do what the request asks and return the answer, and fields for it; raise Refused."""
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")  # RFC 7617, 2
         # Hashes, since compare_digest() tells how long the things are that it compares.
         given = hashlib.sha256(token.strip(" ").encode("latin-1")).digest()
-        is_right = scheme.lower() == "basic" and secrets.compare_digest(given, self.server.digest)
+        is_right = scheme.lower() == "basic" and secrets.compare_digest(given, self.relay.digest)
         self.is_trusted |= is_right
         if self.path != "/healthz" and not is_right:
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
-        if self.path not in ("/healthz", *self.server.couriers):
+        status = self.relay.status
+        allowed = "GET" if self.path in ("/healthz", "/metrics") else "POST"
+        if self.path not in ("/healthz", "/metrics", *status.couriers):
             raise Refused(404, "no room has this path: post to /, or to /NAME of a room_id_NAME")
         if self.command != allowed:
             raise Refused(405, f"only {allowed} is answered here", Allow=allowed)
+        if self.path == "/metrics":
+            return status.metrics(), {"Content-Type": "text/plain; version=0.0.4"}
         if self.path == "/healthz":
-            self.server.spool.check()
-            return {"status": "ok"}
-        if "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers:
+            if refused := self.relay.spool.refusal():
+                raise refused
+            return '{"status": "ok"}', {}
+        if not self.is_chunked and "Content-Length" not in self.headers:
             raise Refused(411, "the relay is reached, but the request has no length and no alarm")
-        content, length = bytearray(), int(self.headers.get("Content-Length", "0"))
-        if self.awaits_continue and length <= BODY_BYTES:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.awaits_continue = False
-        self.deadline_s = time.monotonic() + BODY_S
-        while max(len(content), length) <= BODY_BYTES and (block := next(body, b"")):
+        content, self.deadline_s = bytearray(), time.monotonic() + BODY_S
+        while block := len(content) + self.left_bytes <= BODY_BYTES and self.read_block():
             content += block
-        if max(len(content), length) > BODY_BYTES:
+        if block is False:
             raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
-        return self.take(self.server.couriers[self.path], bytes(content))
-
-    def take(self, courier: Courier, content: bytes) -> Mapping[str, str]:
-        """Store a request's alarms; what this returns may be answered with 200."""
-        now_ms = int(time.time() * 1000)
-        alarms = parse_alarms(content, now_ms)
-        request = hashlib.blake2b(courier.room.encode() + b"\n" + content, digest_size=16).digest()
-        ids = self.server.spool.store(courier.room, request, now_ms, [text for text, _ in alarms])
-        courier.arrived.set()
-        for spool_id, (_, alarm) in zip(ids, alarms):
+        alarms = parse_alarms(bytes(content), int(time.time() * 1000))
+        request = hashlib.blake2b(self.path.encode() + b"\n" + content, digest_size=16).digest()
+        ids = self.relay.spool.store(self.path, request, alarms)  # now they are on disk
+        status.couriers[self.path].arrived.set()
+        for spool_id, alarm in zip(ids, alarms):
             words = f"rule={alarm.name()[:99]!r} uuid={str(alarm.fields.get('uuid'))[:99]!r}"
-            log.info(f"alarm {spool_id} taken: room={courier.room} {words} sender={self.address}")
+            log.info(f"alarm {spool_id} taken: room={self.path} {words} sender={self.address}")
         if not ids:
             log.info("%s sent again what was taken before: not stored twice", self.address)
-        return {"status": "accepted" if ids else "duplicate"}
+        return json.dumps({"status": "accepted" if ids else "duplicate"}), {}
 
-    def answer(self, status: int, content: Mapping[str, str], **headers: str) -> None:
+    def answer(self, status: int, text: str, headers: Mapping[str, str]) -> None:
         """Send header and body at once: apart, one waits for the other's acknowledgement."""
-        body = json.dumps(content).encode()
-        # Some clients show credentials only when asked: two answers. Or a body may come, or not.
-        is_last = self.awaits_continue or (self.is_answered and not self.is_trusted)
-        self.close_connection, self.is_answered = self.close_connection or is_last, True
-        closing = "close" if self.close_connection else "keep-alive"
+        body = text.encode(errors="replace")
+        next(self.relay.status.answers[status])
+        # Some clients show credentials only when asked: two answers.
+        self.is_last |= self.is_lost or (self.is_answered and not self.is_trusted)
+        self.is_answered, closing = True, "close" if self.is_last else "keep-alive"
         fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
         fields |= {"Date": self.date_time_string(), "Connection": closing}
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
@@ -908,80 +943,54 @@ class Handler(http.server.BaseHTTPRequestHandler, io.RawIOBase):  # a connection
 class Server:
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
         self.digest, self.tls = hashlib.sha256(settings["credentials"]).digest(), settings["tls"]
-        self.spool, self.couriers = spool, {courier.room: courier for courier in couriers}
-        self.stopping, self.due_s, self._connections = False, float("inf"), set[Handler]()
-        self._ended, (self._stop, self.stopper) = threading.Condition(), os.pipe()
+        self.spool, self.status = spool, Status(spool, couriers, settings["time_zone"])
+        self.stopping, self.due_s, (self._stop, self.stopper) = False, float("inf"), os.pipe()
+        self.connections, self.ended = set[Handler](), threading.Condition()
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
 
     def run(self, listener: socket.socket) -> None:
-        """Accept connections until the stop."""
+        """Accept connections until the stop, then see each request on its way answered."""
         while not self.stopping:
-            self.due_s = time.monotonic() + STALL_S
-            self.accept(listener)
+            self.due_s, taken = time.monotonic() + STALL_S, len(self.connections)
+            try:
+                if taken >= self._most:
+                    raise OSError(f"all {taken} places are taken")
+                select.select([listener.fileno(), self._stop], [], [], STALL_S / 3)
+                client, (host, *_) = listener.accept()
+                wait_s = HEADER_S if taken < self._most / 2 else TICK_S  # lest places run out
+                connection = Handler(client, host.removeprefix("::ffff:"), self, wait_s)  # RFC 4291
+                with self.ended:  # which it needs to end
+                    threading.Thread(target=connection.run, daemon=True).start()
+                    self.connections.add(connection)
+            except (BlockingIOError, ConnectionError):
+                continue
+            except (OSError, MemoryError, RuntimeError) as error:  # no more descriptors, threads
+                with self.ended:
+                    if not self.ended.wait(TICK_S):
+                        log.warning("no connection can be accepted: %s", error)
         listener.close()
-
-    def accept(self, listener: socket.socket) -> None:
-        """Begin the next connection, if one comes before the next tick or the stop."""
-        taken = len(self._connections)
-        try:
-            if taken >= self._most:
-                raise OSError(f"all {taken} places are taken")
-            select.select([listener.fileno(), self._stop], [], [], TICK_S)
-            client, (host, *_) = listener.accept()
-            wait_s = HEADER_S if taken < self._most / 2 else TICK_S  # lest places run out
-            connection = Handler(client, host.removeprefix("::ffff:"), self, wait_s)  # RFC 4291
-            with self._ended:  # which it needs to end
-                threading.Thread(target=self._serve, args=[connection], daemon=True).start()
-                self._connections.add(connection)
-        except (BlockingIOError, ConnectionError):
-            return
-        except (OSError, MemoryError, RuntimeError) as error:  # no more descriptors, threads
-            with self._ended:
-                if not self._ended.wait(TICK_S):
-                    log.warning("no connection can be accepted: %s", error)
-
-    def stop(self, deadline_s: float) -> None:
-        """Return when the last connection has ended, whose request on its way is still answered."""
-        with self._ended:
-            while self._connections and time.monotonic() < deadline_s:
-                self._ended.wait_for(lambda: not self._connections, GRACE_S)
-                for connection in [c for c in self._connections if not c.is_amid]:
+        with self.ended:
+            while not self.ended.wait_for(lambda: not self.connections, GRACE_S):
+                for connection in [c for c in self.connections if not c.is_amid]:
                     with suppress(OSError):  # it has ended; TLS has no say in this
                         socket.socket.shutdown(connection.connection, socket.SHUT_RD)
 
-    def _serve(self, connection: Handler) -> None:
-        with guard(connection.address):
-            try:
-                connection.serve()
-            except OSError as error:
-                connection.is_amid = True
-                log.warning("%s is gone unanswered: %s", connection.address, error)
-            finally:
-                connection.end()
-        with self._ended:
-            self._connections.remove(connection)
-            self._ended.notify_all()
-
 
 # === systemd ======================================================================================
-PROGRAM_FILE = "/usr/local/bin/alarmrelay.py"
-UNIT_FILE = "/etc/systemd/system/alarmrelay.service"
+PROGRAM_FILE, UNIT_FILE = "/usr/local/bin/alarmrelay.py", "/etc/systemd/system/alarmrelay.service"
 # What `install` writes, two spaces for a line's end; alarmrelay.service is the same text.
 UNIT = f"""[Unit]  Description=Relay of vManage alarms to a Webex room
 Wants=network-online.target  After=network-online.target  StartLimitIntervalSec=0
 
 [Service]  Type=notify  ExecStart=/usr/bin/python3 {PROGRAM_FILE}  EnvironmentFile=-{ENV_FILE}
-DynamicUser=yes  UMask=0077  StateDirectory=alarmrelay  StateDirectoryMode=0700  WatchdogSec=90
-WatchdogSignal=SIGKILL  Restart=always  RestartSec=1  RestartPreventExitStatus=78
-FileDescriptorStoreMax=1  LimitNOFILE={CONNECTIONS + 64}  AmbientCapabilities=
-CapabilityBoundingSet=  DevicePolicy=closed  KeyringMode=private  LockPersonality=yes
-MemoryDenyWriteExecute=yes  NoNewPrivileges=yes  PrivateDevices=yes  PrivateMounts=yes
-PrivateTmp=yes  PrivateUsers=yes  ProcSubset=pid  ProtectClock=yes  ProtectControlGroups=yes
-ProtectHome=yes  ProtectHostname=yes  ProtectKernelLogs=yes  ProtectKernelModules=yes
-ProtectKernelTunables=yes  ProtectProc=invisible  ProtectSystem=strict  RemoveIPC=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX  RestrictNamespaces=yes  RestrictRealtime=yes
-RestrictSUIDSGID=yes  SystemCallArchitectures=native  SystemCallErrorNumber=EPERM
-SystemCallFilter=@system-service  SystemCallFilter=~@privileged @resources
+DynamicUser=yes  StateDirectory=alarmrelay  StateDirectoryMode=0700  WatchdogSignal=SIGKILL
+WatchdogSec=90  Restart=always  RestartSec=1  RestartPreventExitStatus=78  FileDescriptorStoreMax=1
+LimitNOFILE={CONNECTIONS + 64}  CapabilityBoundingSet=  LockPersonality=yes  PrivateDevices=yes
+MemoryDenyWriteExecute=yes  PrivateUsers=yes  ProcSubset=pid  ProtectClock=yes  ProtectHostname=yes
+ProtectControlGroups=yes  ProtectHome=yes  ProtectKernelLogs=yes  ProtectKernelTunables=yes
+ProtectKernelModules=yes  RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX  ProtectProc=invisible
+RestrictNamespaces=yes  SystemCallErrorNumber=EPERM  SystemCallArchitectures=native
+RestrictRealtime=yes  SystemCallFilter=@system-service  SystemCallFilter=~@privileged @resources
 
 [Install]  WantedBy=multi-user.target
 """.replace("  ", "\n")
@@ -1032,19 +1041,18 @@ SAMPLE = """{"rule_name_display": "System_Reboot_Issued", "rulename": "system-re
 def preview(environ: Mapping[str, str], path: str) -> Iterator[str]:
     """Print the message for each alarm in FILE, or in standard input; send nothing."""
     settings, now_ms = read_settings(environ, ["time_zone", "vmanage_url"]), int(time.time() * 1000)
-    for _, alarm in parse_alarms(Path(path or "/dev/stdin").read_bytes(), now_ms):
+    for alarm in parse_alarms(Path(path or "/dev/stdin").read_bytes(), now_ms):
         yield alarm.message(now_ms, settings["time_zone"], settings["vmanage_url"])
 
 
 def install(_: Mapping[str, str], root: str) -> Iterator[str]:
     """Write program, unit and, if there are none, settings; below DIR, or on this host as root."""
-    lines = ["# 'Quote odd values so.' After a change: sudo systemctl restart alarmrelay"]
+    text = "# 'Quote odd values so.' After a change: sudo systemctl restart alarmrelay\n"
     for name, (default, form, _type, expected) in SETTINGS.items():
         needed, mark = (", required", "") if not re.fullmatch(form, default) else ("", "#")
-        lines += ["", f"# {name}{needed}: {expected}", f"{mark}{name}={default}"]
+        text += f"\n# {name}{needed}: {expected}\n{mark}{name}={default}\n"
     files = [(PROGRAM_FILE, Path(__file__).read_text("utf-8"), "755"), (UNIT_FILE, UNIT, "644")]
-    if not Path(f"{root}{ENV_FILE}").exists():
-        files.append((ENV_FILE, "\n".join([*lines, ""]), "600"))
+    files += [] if Path(f"{root}{ENV_FILE}").exists() else [(ENV_FILE, text, "600")]
     try:
         for name, text, mode in files:
             command = ["install", "-D", "-m", mode, "/dev/stdin", f"{root}{name}"]
@@ -1083,7 +1091,7 @@ def check(environ: Mapping[str, str], _: str) -> Iterator[str]:
         path = f"/rooms/{urllib.parse.quote(room_id, '')}" if room_id else "/people/me"
         verdict = judge(answer := webex.ask(path), 0, time.time())
         if verdict.kind != "delivered":
-            yield f"wrong: {name}: {verdict.reason}"
+            yield f"wrong: {name}: {verdict.reason}{verdict.advice}"
             continue
         found = json.loads(answer[3])
         shown = BREAKING.sub(" ", str(found.get("title") or found.get("displayName")))
@@ -1094,13 +1102,11 @@ def check(environ: Mapping[str, str], _: str) -> Iterator[str]:
 
 def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     """Post the alarm in FILE, or the workshop's as of now, to the relay on this host."""
-    settings, sample = read_settings(as_installed(environ)), json.loads(SAMPLE)
-    sample |= {"uuid": str(uuid.uuid4()), "receive_time": int(time.time() * 1000)}
-    content = Path(path).read_bytes() if path else json.dumps(sample).encode()
+    settings = read_settings(as_installed(environ))
+    now = {"uuid": str(uuid.uuid4()), "receive_time": int(time.time() * 1000)}
+    content = Path(path).read_bytes() if path else json.dumps(json.loads(SAMPLE) | now).encode()
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
-    if ipaddress.ip_address(host).is_unspecified:
-        host = "::1" if ":" in host else "127.0.0.1"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"  # 0.0.0.0 is this host, too
     relay = Client(url, f"Basic {settings['credentials'].decode()}")
     relay.tls.check_hostname, relay.tls.verify_mode = False, ssl.CERT_NONE  # it is this host
     os.environ["no_proxy"] = "*"
@@ -1108,10 +1114,8 @@ def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
     if status:
         yield f"{status} {answer.decode(errors='replace')}"
     if status != 200:
-        advice = (
-            "systemctl status alarmrelay; if listen, webhook_... or tls_... changed: restart it"
-        )
-        raise RelayError(f"{url}: {reason}" + (f"; {advice}" if status in (0, 401) else ""), 1)
+        hint = "systemctl status alarmrelay; if listen, webhook_... or tls_... changed: restart it"
+        raise RelayError(f"{url}: {reason}" + (f"; {hint}" if status in (0, 401) else ""), 1)
 
 
 def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
@@ -1121,11 +1125,11 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
     # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
-    spool = Spool(settings["state"])
-    couriers = list[Courier]()
+    spool, couriers = Spool(settings["state"]), list[Courier]()
     for name, room_id in settings["rooms"].items():
         webex = Client(settings["webex_url"], f"Bearer {settings['bearer_token']}")
         couriers.append(Courier(f"/{name[len('room_id_') :]}", room_id, settings, spool, webex))
+        spool.count(couriers[-1].room, {})  # told from the start
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
     listener = listen(environ, host, port)
     listener.setblocking(False)
@@ -1135,31 +1139,27 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         thread.start()
     if not (settings["tls"] or ipaddress.ip_address(host).is_loopback):
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
-    strays = sorted(spool.rooms.keys() - server.couriers.keys())
-    lost = [f"alarms wait for {room}: set room_id{room.replace('/', '_')}" for room in strays]
-    where, said, wait_s = f"listening on {host} port {listener.getsockname()[1]}", "", 0.0
-    tick_s = min(TICK_S, int(environ.get("WATCHDOG_USEC", 2**32)) / 3e6)  # sd_watchdog_enabled(3)
-    while not signal.sigtimedwait(signals, wait_s) and not spool.error:
-        words = f"{where}; {spool.waiting} waiting, {spool.delivered} delivered"
-        words = "; ".join([words, *lost, *(one.trouble for one in couriers if one.trouble)])
-        if not said:
-            (log.warning if lost else log.info)("alarmrelay %s %s", __version__, words)
+    where, tick_s = f"listening on {host} port {listener.getsockname()[1]}", 0.0
+    while not signal.sigtimedwait(signals, tick_s) and not spool.error:
+        numbers = sum(spool.rooms.values(), Counts())
+        words = f"{server.status.verdict()}; {where}; {numbers['waiting']} waiting, "
+        words += f"{numbers['delivered']} delivered"
+        if not tick_s:  # it has just begun
+            level = logging.WARNING if "set room_id" in words else logging.INFO
+            log.log(level, "alarmrelay %s: %s", __version__, words)
             notify(environ, "READY=1")
-        if words != said:
-            notify(environ, f"STATUS={words}")
-        said, wait_s, now_s = words, tick_s, time.monotonic()
+        notify(environ, f"STATUS={words}")
+        now_s = time.monotonic()  # before the wait for a slow disk
         spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
-        due_s = min(server.due_s, *(courier.due_s for courier in couriers))
-        if "WATCHDOG_USEC" in environ and now_s < due_s:  # of before the wait for a slow disk
-            notify(environ, "WATCHDOG=1")
+        tick_s = min(TICK_S, int(environ.get("WATCHDOG_USEC", 2**32)) / 3e6)
+        if "WATCHDOG_USEC" in environ and now_s < min(server.due_s, *(c.due_s for c in couriers)):
+            notify(environ, "WATCHDOG=1")  # sd_watchdog_enabled(3)
     deadline_s, server.stopping = time.monotonic() + STOP_S, True
     os.close(server.stopper)
     notify(environ, "STOPPING=1")
     for courier in couriers:
         courier.stopping.set()  # the send in flight is the last
         courier.arrived.set()
-    threads[0].join(STOP_S)
-    server.stop(deadline_s)
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))
     if spool.error:

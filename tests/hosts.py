@@ -45,8 +45,8 @@ WatchdogSec=4
 ExecStart=
 ExecStart=/usr/bin/python3 -c "import os, sys, time; sys.path.insert(0, '/usr/local/bin'); \\
 import alarmrelay; alarmrelay.STALL_S = alarmrelay.HEADER_S = 1.0; \\
-real = alarmrelay.Server.accept; \\
-alarmrelay.Server.accept = lambda *it: (time.sleep(1000) if os.path.exists('/var/lib/hang') \\
+real = alarmrelay.select.select; \\
+alarmrelay.select.select = lambda *it: (time.sleep(1000) if os.path.exists('/var/lib/hang') \\
 else real(*it)); os._exit(alarmrelay.main())"
 """
 
@@ -213,7 +213,8 @@ def check_and_start(host: Host, webex: WebexStandIn) -> None:
     assert host.show("ActiveState") == "active"
     assert host.run("systemctl is-enabled alarmrelay") == "enabled\n"
     said = host.run("systemctl status alarmrelay")
-    assert 'Status: "listening on 0.0.0.0 port 5001; 0 waiting, 0 delivered"' in said, said
+    words = "All alarms are in the room; listening on 0.0.0.0 port 5001; 0 waiting, 0 delivered"
+    assert f'Status: "{words}"' in said, said
 
 
 def deliver_the_sample(host: Host, webex: WebexStandIn) -> None:
@@ -292,7 +293,7 @@ def change_listen(host: Host, webex: WebexStandIn) -> None:
     for address in ("127.0.0.1:5001", "0.0.0.0:5001"):
         host.settings(webex, listen=address)
         host.run("systemctl restart alarmrelay")
-        assert host.show("StatusText").startswith(f"listening on {address.replace(':', ' port ')}")
+        assert f"; listening on {address.replace(':', ' port ')};" in host.show("StatusText")
         assert post({"message": f"to {address}"})[0] == 200
     assert host.show("NRestarts") == count
 

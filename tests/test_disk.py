@@ -21,7 +21,7 @@ from harness import Relay, environment
 from test_settings import run
 from webex_standin import ROOM, Fault
 
-from alarmrelay import MIGRATIONS, Courier, Refused, Spool
+from alarmrelay import MIGRATIONS, Alarm, Courier, Refused, Spool
 
 MEBIBYTE = 2**20
 
@@ -171,8 +171,8 @@ def test_a_commit_that_finds_the_disk_full_acknowledges_nothing_and_passes(tmp_p
 def fill(directory: Path, count: int = 300) -> None:
     spool = Spool(directory)
     for number in range(count):
-        alarm = json.dumps({**numbered(number), "x": "y" * 500})
-        spool.store("/", b"%d" % number, int(time.time() * 1000), [alarm])
+        alarm = Alarm({**numbered(number), "x": "y" * 500}, int(time.time() * 1000))
+        spool.store("/", b"%d" % number, [alarm])
     spool.close()
 
 
@@ -245,7 +245,7 @@ def lives_until_well(directory: Path) -> int:
             while courier.step() is not None:
                 pass
             spool.delete_delivered(1)
-            if not spool.error and spool.store("/", b"new", 1, ["{}"]):
+            if not spool.error and spool.store("/", b"new", [Alarm({}, 1)]):
                 spool.close()
                 return life
         assert spool.error
@@ -383,8 +383,8 @@ def test_a_read_only_file_system_is_an_error_that_names_the_directory(tmp_path, 
 
 def test_a_hundred_thousand_waiting_alarms_do_not_hold_the_start(tmp_path, webex):
     spool = Spool(tmp_path / "state")
-    alarms = [json.dumps(numbered(number)) for number in range(100_000)]
-    spool.store("/", b"many", int(time.time() * 1000), alarms)
+    now_ms = int(time.time() * 1000)
+    spool.store("/", b"many", [Alarm(numbered(number), now_ms) for number in range(100_000)])
     spool.close()
     webex.fault_for = lambda _: Fault(status=404)
     with Relay(tmp_path, webex.url) as relay:

@@ -30,7 +30,7 @@ HANGS = {
     "courier": "hang(alarmrelay.Courier, 'step')",
     "courier while it sends": "hang(alarmrelay.Courier, '_send')",
     "spool": "hang(alarmrelay.Spool, 'store', '_lock')",
-    "accept loop": "hang(alarmrelay.Server, 'accept')",
+    "accept loop": "hang(alarmrelay.select, 'select')",
 }
 WATCHED = {"TICK_S": 0.1, "STALL_S": 0.2, "HEADER_S": 0.2}
 
@@ -84,7 +84,7 @@ def test_a_slow_webex_a_pause_and_a_hold_are_no_reason_for_the_watchdog(tmp_path
         hold.set()
         relay.told("1 delivered")
         relay.post({"message": "paused"})
-        relay.told(": delivery paused")
+        relay.told(": Webex limits the bot")
         for _ in range(5):
             relay.told("WATCHDOG=1")
 

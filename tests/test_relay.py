@@ -25,7 +25,7 @@ import pytest
 from harness import PASSWORD, PAYLOADS, PROGRAM, Client, Relay, basic, head
 from webex_standin import TOKEN, Fault, WebexStandIn
 
-from alarmrelay import Spool
+from alarmrelay import Alarm, Spool
 
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
 RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
@@ -113,7 +113,7 @@ def test_a_webex_that_echoes_the_token_puts_it_neither_in_the_log_nor_in_the_sta
     echo = json.dumps({"message": f"Bearer {TOKEN} is not valid"}).encode()
     webex.faults.append(Fault(status=401, body=echo))
     relay.post(numbered(1))
-    assert "Bearer [hidden] is not valid" in relay.told("delivery held")
+    assert "Bearer [hidden] is not valid" in relay.told("Webex refuses the ")
     assert TOKEN not in relay.log()
 
 
@@ -125,7 +125,7 @@ def test_under_the_journal_lines_carry_their_priority_and_no_time(tmp_path, webe
     webex.faults.extend([Fault(status=503), Fault(status=403)])
     with relay:
         relay.post(numbered(1))
-        relay.told("delivery held")
+        relay.told("Webex refuses the ")
     lines = relay.log().splitlines()
     assert {line[:3] for line in lines} == {"<3>", "<4>", "<6>"}
     assert any(line.startswith("<6>alarm 1 taken: ") for line in lines)
@@ -145,22 +145,23 @@ def test_posts_are_answered_while_webex_hangs(relay, webex):
 
 def test_status_tells_waiting_delivered_and_what_holds(relay, webex):
     assert relay.told("STATUS=") == (
-        f"STATUS=listening on 127.0.0.1 port {relay.port}; 0 waiting, 0 delivered"
+        "STATUS=All alarms are in the room; "
+        f"listening on 127.0.0.1 port {relay.port}; 0 waiting, 0 delivered"
     )
     relay.post(numbered(1))
     relay.told("0 waiting, 1 delivered")
     webex.token = "another"
     relay.post(numbered(2))
-    said = relay.told("1 waiting, 1 delivered; room /: delivery held: 401 Unauthorized: ")
-    assert said.startswith("STATUS=listening on ")
-    assert "replace bearer_token and restart" in said
+    said = relay.told("STATUS=1 alarm waits: Webex refuses the token (401 Unauthorized: ")
+    assert "; replace bearer_token and restart; listening on " in said
+    assert said.endswith("1 waiting, 1 delivered")
     assert "\n" not in said
 
 
 def test_webex_down_is_no_reason_to_be_unhealthy(relay, webex):
     webex.fault_for = lambda _: Fault(status=503)
     relay.post(numbered(1))
-    relay.told("delivery failed")
+    relay.told("Webex fails (503 ")
     connection = relay.connect()
     connection.request("GET", "/healthz")
     assert connection.getresponse().status == 200
@@ -180,7 +181,7 @@ def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
     webex.rooms.clear()
     with Relay(tmp_path, webex.url) as relay:
         relay.post(numbered(1))
-        relay.told("delivery held")
+        relay.told("Webex has no such room")
     webex.rooms.add(relay.environ["room_id"])
     with Relay(tmp_path, webex.url) as relay:
         webex.wait_for(lambda: webex.messages)
@@ -351,9 +352,9 @@ def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
     now_ms, day_ms = int(time.time() * 1000), 86_400_000
     spool = Spool(tmp_path / "state")
     for days in (29, 31):
-        spool.store("/", b"%d" % days, now_ms - days * day_ms, ["{}"])
+        spool.store("/", b"%d" % days, [Alarm({}, now_ms - days * day_ms)])
         spool.set_delivered("/", "m", now_ms - days * day_ms, spool.oldest_waiting("/", [])[0][0])
-    spool.store("/", b"many", now_ms, ["{}"] * 100_000)
+    spool.store("/", b"many", [Alarm({}, now_ms)] * 100_000)
     spool.close()
     webex.fault_for = lambda _: Fault(status=401)
     with Relay(tmp_path, webex.url) as relay:

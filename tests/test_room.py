@@ -27,9 +27,8 @@ OPS, NOC = "room-of-operations", "room-of-the-noc"
 
 
 def put(spool: Spool, *alarms: dict, received_ms: int = START_MS) -> None:
-    bodies = [json.dumps(alarm) for alarm in alarms]
-    request = hashlib.sha256("".join(bodies).encode()).digest()
-    assert spool.store("/", request, received_ms, bodies)
+    request = hashlib.sha256(json.dumps(alarms).encode()).digest()
+    assert spool.store("/", request, [Alarm(alarm, received_ms) for alarm in alarms])
 
 
 def drain(courier: alarmrelay.Courier) -> list[float]:
@@ -457,8 +456,8 @@ def test_a_poisonous_alarm_holds_no_other_and_is_not_lost(
         assert arrived == list(range(100))
         return
     assert arrived == others
-    assert spool.waiting == len(places)
-    assert courier.trouble.startswith("room /: delivery refused: 400 ")
+    assert spool.rooms["/"]["waiting"] == len(places)
+    assert courier.trouble.kind == "refused"
     put(spool, {"message": "number 100"})
     drain(courier)
     assert messages_of(webex)[-1] == [100]
@@ -466,7 +465,7 @@ def test_a_poisonous_alarm_holds_no_other_and_is_not_lost(
     webex.fault_for = lambda _: None
     drain(courier)
     assert sorted(chained(messages_of(webex))[-len(places) :]) == places
-    assert (spool.waiting, courier.trouble) == (0, "")
+    assert (spool.rooms["/"]["waiting"], courier.trouble) == (0, None)
 
 
 def test_many_poisonous_alarms_do_not_keep_others_from_their_turn(courier, spool, webex, clock):
@@ -543,8 +542,8 @@ def test_a_room_that_is_gone_or_limited_delays_no_other(tmp_path, webex, rooms):
             for path in ("/ops", "/noc_2", "/"):
                 assert relay.post({"message": f"number {number}"}, path)[0] == 200
         said = relay.told("24 waiting, 12 delivered")
-        assert "; room /ops: delivery held: 404 Not Found" in said
-        assert "; room /noc_2: delivery paused: 429 Too Many Requests" in said
+        assert " for room /ops: Webex has no such room (404 Not Found" in said
+        assert " for room /noc_2: Webex limits the bot (429 Too Many Requests" in said
         assert {message["roomId"] for message in webex.messages} == {ROOM}
         assert relay.log().count("ERROR room /ops, alarm 1: delivery held: 404 ") == 1
 
@@ -615,10 +614,8 @@ def test_a_room_of_a_file_of_the_spool_that_no_path_has_any_more_waits(tmp_path,
     with Relay(tmp_path, webex.url) as relay:
         assert relay.post({"message": "other"})[0] == 200
         said = relay.told("1 waiting, 1 delivered")
-        assert said.endswith("; alarms wait for /ops: set room_id_ops")
-        assert re.search(
-            r" WARNING alarmrelay .*; alarms wait for /ops: set room_id_ops\n", relay.log()
-        )
+        assert said.startswith("STATUS=1 alarm waits for room /ops: set room_id_ops; listening")
+        assert re.search(r" WARNING alarmrelay .*: 1 alarm waits for room /ops: set r", relay.log())
     webex.fault_for = lambda _: None
     with Relay(tmp_path, webex.url, **rooms) as relay:
         relay.told("0 waiting, 1 delivered")

@@ -156,7 +156,7 @@ def test_tls_on_the_plain_port_is_told_apart(tmp_path, webex):
     with Relay(tmp_path, webex.url) as relay:
         with pytest.raises(ssl.SSLError):
             post(relay, ssl.create_default_context())
-        assert "refused: 400 this is TLS: the URL must begin with http://" in relay.log()
+        assert "refused: 400 this is TLS: begin the URL with http://" in relay.log()
 
 
 def test_who_is_late_over_tls_is_told_and_who_is_idle_gets_a_goodbye(tmp_path, webex, pair):
@@ -288,7 +288,7 @@ def test_an_own_authority_is_trusted_by_ssl_cert_file(tmp_path, tls_webex, pair)
 def test_a_certificate_that_is_not_trusted_is_named_with_what_to_do(tmp_path, tls_webex):
     with Relay(tmp_path, tls_webex.url) as relay:
         relay.post({"message": "hello"})
-        relay.told("delivery failed")
+        relay.told(": Webex does not answer")
     (line,) = [line for line in relay.log().splitlines() if "delivery failed" in line][:1]
     assert "CERTIFICATE_VERIFY_FAILED" in line
     assert "if a proxy opens TLS, SSL_CERT_FILE" in line
@@ -301,7 +301,7 @@ def test_a_certificate_for_another_name_is_named_with_what_to_do(tmp_path, pair)
     with WebexStandIn(tls=serving(other)) as standin:
         with Relay(tmp_path, standin.url, SSL_CERT_FILE=str(other[0])) as relay:
             relay.post({"message": "hello"})
-            relay.told("delivery failed")
+            relay.told(": Webex does not answer")
         assert "Hostname mismatch" in relay.log()
         assert standin.requests == []
 
