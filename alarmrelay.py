@@ -678,8 +678,9 @@ class Courier:
             return 0.0
         jitter = RETRY_JITTER if verdict.kind == "failed" else 0.0
         wait_s = verdict.wait_s * secrets.SystemRandom().uniform(1 - jitter, 1 + jitter)
-        before, self.trouble, self.retry_s = self.trouble, verdict, now_s + wait_s
+        before, self.retry_s = self.trouble, now_s + wait_s
         self.since_s = self.since_s if before and before.meaning == verdict.meaning else now_s
+        self.trouble = verdict
         # What the operator has to mend is said once; of what passes, every attempt is news.
         level = logging.WARNING if verdict.kind in ("paused", "failed") else logging.ERROR
         if level == logging.WARNING or not before or before[:3] != verdict[:3]:
@@ -707,18 +708,18 @@ class Courier:
 # What spool and couriers have in memory: the same work always, and no lock that a post waits for.
 CODES = (200, 400, 401, 404, 405, 408, 411, 413, 431, 501, 503)  # that a request is answered with
 # Type, help, and what is counted for each sample; "%s" is the room's path.
-ROOM, CODE = '{room="%s"}', {f'{{code="{code}"}}': f"HTTP {code}" for code in CODES}
+LABEL, CODE = '{room="%s"}', {f'{{code="{code}"}}': f"HTTP {code}" for code in CODES}
 REASON = {f'{{room="%s",reason="{k}"}}': k for k in ("held", "refused", "paused", "failed")}
 TOOK = {f'_bucket{{room="%s",le="{limit}"}}': f"{limit}" for limit in (*BUCKETS_S, "+Inf")}
-TOOK |= {f"_sum{ROOM}": "took_s", f"_count{ROOM}": "+Inf"}
+TOOK |= {f"_sum{LABEL}": "took_s", f"_count{LABEL}": "+Inf"}
 METRICS = {
-    "alarmrelay_alarms_accepted_total": ("counter", "Alarms stored.", {ROOM: "accepted"}),
-    "alarmrelay_duplicates_total": ("counter", "Alarms posted again.", {ROOM: "duplicates"}),
-    "alarmrelay_messages_delivered_total": ("counter", "Taken by Webex.", {ROOM: "messages"}),
-    "alarmrelay_alarms_delivered_total": ("counter", "Alarms in them.", {ROOM: "delivered"}),
+    "alarmrelay_alarms_accepted_total": ("counter", "Alarms stored.", {LABEL: "accepted"}),
+    "alarmrelay_duplicates_total": ("counter", "Alarms posted again.", {LABEL: "duplicates"}),
+    "alarmrelay_messages_delivered_total": ("counter", "Taken by Webex.", {LABEL: "messages"}),
+    "alarmrelay_alarms_delivered_total": ("counter", "Alarms in them.", {LABEL: "delivered"}),
     "alarmrelay_delivery_failures_total": ("counter", "Not taken by Webex.", REASON),
-    "alarmrelay_alarms_waiting": ("gauge", "Stored and not in the room.", {ROOM: "waiting"}),
-    "alarmrelay_oldest_waiting_seconds": ("gauge", "Since it came in.", {ROOM: "oldest_s"}),
+    "alarmrelay_alarms_waiting": ("gauge", "Stored and not in the room.", {LABEL: "waiting"}),
+    "alarmrelay_oldest_waiting_seconds": ("gauge", "Since it came in.", {LABEL: "oldest_s"}),
     "alarmrelay_delivery_seconds": ("histogram", "From an alarm's post to the room.", TOOK),
     "alarmrelay_requests_total": ("counter", "Answered with this status.", CODE),
     "alarmrelay_build_info": ("gauge", "The program.", {f'{{version="{__version__}"}}': "one"}),
@@ -756,11 +757,11 @@ class Status:
         """Return Prometheus's text format; prometheus.io/docs/instrumenting/exposition_formats."""
         of_all: dict[str, float] = {"one": 1, "started_s": self.started_s}
         of_all |= {f"HTTP {code}": int(repr(count)[6:-1]) for code, count in self.answers.items()}
-        lines = list[str]()
+        lines, now_s = list[str](), time.time()
         for name, (kind, text, samples) in METRICS.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             for room, counts in sorted(self.spool.rooms.items()):
-                waited_s = time.time() - counts["oldest_ms"] / 1000 if counts["waiting"] else 0
+                waited_s = max(0, now_s - counts["oldest_ms"] / 1000) if counts["waiting"] else 0
                 sums = {**counts, "oldest_s": waited_s, "took_s": counts["ms"] / 1000, **of_all}
                 for sample, key in samples.items():
                     lines.append(f"{name}{sample.replace('%s', room)} {sums.get(key, 0)}")
@@ -1141,9 +1142,8 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
     where, tick_s = f"listening on {host} port {listener.getsockname()[1]}", 0.0
     while not signal.sigtimedwait(signals, tick_s) and not spool.error:
-        numbers = sum(spool.rooms.values(), Counts())
-        words = f"{server.status.verdict()}; {where}; {numbers['waiting']} waiting, "
-        words += f"{numbers['delivered']} delivered"
+        said, told = server.status.verdict(), sum(spool.rooms.values(), Counts())
+        words = f"{said}; {where}; {told['waiting']} waiting, {told['delivered']} delivered"
         if not tick_s:  # it has just begun
             level = logging.WARNING if "set room_id" in words else logging.INFO
             log.log(level, "alarmrelay %s: %s", __version__, words)
