@@ -371,7 +371,7 @@ def stop_and_upgrade(host: Host, webex: WebexStandIn) -> None:
     webex.fault_for = lambda _: None
     host.run("systemctl restart alarmrelay")
     webex.wait_for(lambda: "waits over the upgrade" in webex.texts()[-1])
-    assert "alarmrelay 9.9.9 listening" in host.journal()
+    assert "alarmrelay 9.9.9: " in host.journal()
     assert settings == host.run("md5sum /etc/alarmrelay.env")
     host.run("systemctl stop alarmrelay")
     assert (host.show("ActiveState"), host.show("Result")) == ("inactive", "success")
