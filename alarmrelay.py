@@ -438,7 +438,7 @@ class Spool:
 
     def _read(self, body: str, *row: int) -> Alarm:  # or what is left of it
         with suppress(ValueError, TypeError):
-            return Alarm(DECODER.decode(body), *row)
+            return Alarm(dict(DECODER.decode(body)), *row)
         return Alarm({"message": f"This alarm is damaged on disk: {body}"}, *row)
 
     def oldest_waiting(self, room: str, aside: Collection[int]) -> tuple[list[Alarm], str]:
@@ -452,8 +452,8 @@ class Spool:
                 if size > BODY_BYTES and len(found) > SINGLY:
                     break
             cleared = found and db.execute(CLEARED, {"room": room, **found[0].threads()}).fetchone()
-        if found and not aside:  # or it is that which was set aside first
-            self.count(room, {}, oldest_ms=found[0].received_ms)
+            for _, ms, _ in db.execute(OLDEST_WAITING, (room, f"{[*self._unrecorded]}", 1)):
+                self.count(room, {}, oldest_ms=ms)  # of all, also those set aside
         return found, cleared[2] if cleared else ""
 
     def set_gone(self, gone: str) -> None:
@@ -464,9 +464,8 @@ class Spool:
     def set_delivered(self, room: str, message_id: str, delivered_ms: int, *alarms: Alarm) -> None:
         """Record that alarms stand in the room, in the Webex message with this id."""
         sent = {"room": room, "message_id": message_id, "delivered_ms": delivered_ms}
-        took_ms = [max(0, delivered_ms - alarm.received_ms) for alarm in alarms]
-        number = len(alarms)
-        counts = {"messages": 1, "delivered": number, "+Inf": number, "waiting": -number}
+        n, took_ms = len(alarms), [max(0, delivered_ms - alarm.received_ms) for alarm in alarms]
+        counts = {"messages": 1, "delivered": n, "+Inf": n, "waiting": -n}
         counts |= {str(s): sum(ms <= s * 1000 for ms in took_ms) for s in BUCKETS_S}
         with self._lock:
             self.count(room, {**counts, "ms": sum(took_ms)})
@@ -864,7 +863,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             raise Refused(400, "a header field is doubled, or the body's length is in doubt")
         self.left_bytes = sum(map(int, lengths))
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.is_last = self.relay.stopping or is_1_0 or "close" in map(str.strip, connection)
+        self.is_last = is_1_0 or "close" in map(str.strip, connection)
         # A client that waits to be asked for the body may send it all the same, or not.
         self.is_lost = self.headers.get("Expect", "").lower() == "100-continue" and not is_1_0
 
@@ -931,7 +930,8 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
         body = text.encode(errors="replace")
         next(self.relay.status.answers[status])
         # Some clients show credentials only when asked: two answers.
-        self.is_last |= self.is_lost or (self.is_answered and not self.is_trusted)
+        is_guess = self.is_answered and not self.is_trusted
+        self.is_last |= self.is_lost or self.relay.stopping or is_guess
         self.is_answered, closing = True, "close" if self.is_last else "keep-alive"
         fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
         fields |= {"Date": self.date_time_string(), "Connection": closing}

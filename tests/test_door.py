@@ -437,7 +437,8 @@ def test_a_stop_waits_for_a_request_in_flight_but_not_for_who_has_nothing_to_say
         assert not any(connection.recv(1) for connection in silent)
         assert unread.is_closed()
         busy.send(b"{}")
-        assert busy.answer()[0] == 200
+        status, headers, _ = busy.answer()
+        assert (status, headers["connection"]) == (200, "close")
         assert relay.process.wait(9) == 0  # a second before HEADER_S
 
 

@@ -149,11 +149,13 @@ def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
 def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
     statements = traced(spool)
     spool.oldest_waiting("/", [])
-    (select,) = [text for text in statements if text.lstrip().startswith("SELECT")]
+    selects = [text for text in statements if text.lstrip().startswith("SELECT")]
     spool._db.set_trace_callback(None)
-    plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {select}"))
-    assert "USING INDEX waiting (room=?)" in plan
-    assert "TEMP B-TREE" not in plan
+    assert len(selects) == 2  # the next to be delivered, and the oldest of all
+    for select in selects:
+        plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {select}"))
+        assert "USING INDEX waiting (room=?)" in plan
+        assert "TEMP B-TREE" not in plan
 
 
 def test_retention_deletes_delivered_alarms_alone_and_in_small_steps(spool, monkeypatch):
@@ -276,3 +278,23 @@ def test_the_file_can_be_read_with_sqlite_once_the_relay_is_stopped(tmp_path, we
     assert (spool_id, room, message_id) == (1, "/", webex.messages[0]["id"])
     assert json.loads(body) == {"rule_name_display": "R", "uuid": "u-1"}
     assert abs(delivered_ms / 1000 - time.time()) < 3600
+
+
+def test_a_body_that_is_no_object_any_more_does_not_hold_the_others(spool):
+    spool.store(*posted("1"))
+    spool.store(*posted("2"))
+    spool._db.execute("UPDATE alarm SET body = '[1]' WHERE id = 1")
+    assert drain(spool) == ["This alarm is damaged on disk: [1]", "2"]
+
+
+def test_the_oldest_is_told_of_all_that_wait_also_of_those_set_aside(spool):
+    at = 1_700_000_000_000
+    for number in range(4):
+        spool.store(*posted(f"{number}", received_ms=at + number))
+    for aside in ([1, 2, 3], []):
+        spool.oldest_waiting("/", aside)
+        assert spool.rooms["/"]["oldest_ms"] == at
+    alarms, _ = spool.oldest_waiting("/", [2, 3])
+    spool.set_delivered("/", "m", at + 9, alarms[0])
+    spool.oldest_waiting("/", [2, 3])
+    assert spool.rooms["/"]["oldest_ms"] == at + 1
