@@ -220,7 +220,7 @@ class Alarm:
             keys[way.lower()] = json.dumps([rule, *values])
         return keys
 
-    def late(self, now_ms: int, words: str) -> str:  # with its age, nothing while it is no old news
+    def _late(self, now_ms: int, words: str) -> str:  # with its age, nothing if it is no old news
         minutes = (now_ms - self.received_ms) // 60_000
         age = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
         return words.format(age) if now_ms - self.received_ms > DELAYED_MS else ""
@@ -245,7 +245,7 @@ class Alarm:
         severity = f"cleared ({severity})" if mark == "✅" else severity
         lines = [first, f"**Severity:** {mark} {severity}", f"**Receive Time:** {self.time(zone)}"]
         lines += [f" **{show(key).strip()}:** {show(value)}" for key, value in self.values()]
-        late = self.late(now_ms, "<br>**Delayed:** relayed {} after it came in")
+        late = self._late(now_ms, "<br>**Delayed:** relayed {} after it came in")
         page = urllib.parse.quote(str(self.fields.get("uuid") or "")[:99], "", errors="replace")
         link = f"<br>[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"
         return fit(lines, [late, link if url and page else ""], limit)
@@ -279,7 +279,7 @@ def fit(lines: Sequence[str], last: Sequence[str], limit: int = MESSAGE_BYTES) -
 
 def format_digest(alarms: Sequence[Alarm], now_ms: int, zone: tzinfo) -> tuple[str, int]:
     """Return one message for alarms, oldest first, with as many as it takes, and their number."""
-    late = alarms[0].late(now_ms, ", the oldest {} ago")
+    late = alarms[0]._late(now_ms, ", the oldest {} ago")
     first = f"Team, **{{}} alarms** are received from vManage{late}:{{}}"
     lines = itertools.accumulate(f"\n{alarm.line(zone)}" for alarm in alarms)
     texts = itertools.starmap(first.format, enumerate(lines, 1))
@@ -357,8 +357,7 @@ class Spool:
             raise RelayError(f"{self._path} is of a newer relay, version {version}: install that")
         for number, migration in [*enumerate(MIGRATIONS, 1)][version:]:
             db.executescript(f"BEGIN; {migration}; PRAGMA user_version = {number}; COMMIT")
-        # For the status, by path: counts since the start, and when the oldest that waits came in.
-        self.rooms = collections.defaultdict[str, Counts](Counts)
+        self.rooms = collections.defaultdict[str, Counts](Counts)  # what Status tells, by path
         for room, waiting, oldest_ms in db.execute(ROOMS):
             self.count(room, {"waiting": waiting}, oldest_ms=oldest_ms)
 
@@ -584,17 +583,18 @@ class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
         """Connect, send and read the header of the answer, for both http and https."""
-        deadline_s = self._deadline_s
 
         class Connection(http_class):  # type: ignore[misc]
-            def connect(self) -> None:
+            def connect(connection) -> None:
+                """Connect, but not for a message nobody waits for: it would stand there twice."""
                 super().connect()
-                if time.monotonic() > deadline_s:  # nobody waits: the message would stand twice
+                if time.monotonic() > self._deadline_s:
                     raise Refused(408, "too late to send a message")
 
-            def response_class(self, wire: socket.socket, *args: Any, **options: Any) -> Any:
+            def response_class(_, wire: socket.socket, *args: Any, **options: Any) -> Any:
+                """Return an answer whose bytes come through a Wire."""
                 reply: Any = http.client.HTTPResponse(wire, *args, **options)
-                reply.first_fp, reply.fp = reply.fp, io.BufferedReader(Wire(wire, deadline_s))
+                reply.kept, reply.fp = reply.fp, io.BufferedReader(Wire(wire, self._deadline_s))
                 return reply
 
         return super().do_open(Connection, req, **options)
