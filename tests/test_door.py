@@ -425,7 +425,9 @@ def test_a_stop_answers_requests_that_are_on_their_way(tmp_path, webex):
 def test_a_stop_waits_for_a_request_in_flight_but_not_for_who_has_nothing_to_say(tmp_path, webex):
     limits = {"STOP_S": 3600, "GRACE_S": 0.05, "LINGER_S": 0.3, "TICK_S": 0.1}
     with Relay(tmp_path, webex.url, limits) as relay:
-        (busy,) = busy_clients(relay, 1)
+        busy = Client(relay, NEIGHBOUR)
+        OPEN.append(busy)
+        busy.send(head(Content_Length=2))  # half a request, and the connection is to be kept
         silent = silent_clients(relay, 3)
         refused, unread = Client(relay, NEIGHBOUR), Client(relay, NEIGHBOUR)
         OPEN.extend([refused, unread])

@@ -83,6 +83,19 @@ def test_metrics_tell_how_late_alarms_are(tmp_path, webex):
     assert steps == [0] * 9 + [1] * 3
 
 
+def test_a_clock_that_is_set_back_makes_no_number_negative(tmp_path, webex):
+    release = threading.Event()
+    webex.faults.append(Fault(hold=release, take=True, status=200))
+    with Relay(tmp_path, webex.url, **later(tmp_path, 0)) as relay:
+        relay.post({"message": "x"})
+        webex.wait_for(lambda: webex.requests)
+        later(tmp_path, -1)
+        assert metrics(relay)['oldest_waiting_seconds{room="/"}'] == 0
+        release.set()
+        relay.told("0 waiting, 1 delivered")
+        assert metrics(relay)['delivery_seconds_sum{room="/"}'] == 0
+
+
 LATE_LOOK = """
 import time
 def look(spool, *given, look=alarmrelay.Spool.oldest_waiting):

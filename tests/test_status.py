@@ -108,6 +108,23 @@ def test_the_status_turns_with_the_state(tmp_path, webex):
         assert relay.told("0 waiting, 1 delivered").startswith(good)
 
 
+def test_since_is_of_this_trouble_and_not_of_one_before(tmp_path, webex):
+    webex.fault_for = lambda _: Fault(status=503)
+    limits = {**FAST, "RETRY_MAX_S": 0.05}
+    with Relay(tmp_path, webex.url, limits=limits, **later(tmp_path, 0)) as relay:
+        relay.post({"message": "x"})
+        relay.told("fails (503 ")
+        later(tmp_path, 2)
+        seen = len(webex.requests)
+        webex.wait_for(lambda: len(webex.requests) > seen + 5)
+        webex.fault_for = lambda _: Fault(status=401)
+        relay.told("refuses the token (401 ")
+        since = [re.search(r"\((\d+) .* since (\d\d:\d\d)", said) for said in relay.said]
+        times = {(match[1], match[2]) for match in since if match}
+    assert sorted(status for status, _ in times) == ["401", "503"]
+    assert len({time for _, time in times}) == 2
+
+
 def test_since_and_the_wait_are_of_the_outage_and_of_the_last_attempt(tmp_path, webex):
     webex.fault_for = lambda _: Fault(status=401)
     with Relay(tmp_path, webex.url, limits={**FAST, "HOLD_S": 3600}) as relay:
