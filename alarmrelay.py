@@ -502,7 +502,7 @@ class Wire(io.RawIOBase):  # the bytes that come over a connection
             if (left_s := self.deadline_s - time.monotonic()) > 0:
                 self.connection.settimeout(left_s)
                 return int(self.connection.recv_into(buffer))
-        raise Refused(408, "the request came too slowly", Connection="close")
+        raise Refused(408, "the request came too slowly")
 
 
 Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
@@ -712,16 +712,16 @@ REASON = {f'{{room="%s",reason="{k}"}}': k for k in ("held", "refused", "paused"
 TOOK = {f'_bucket{{room="%s",le="{limit}"}}': f"{limit}" for limit in (*BUCKETS_S, "+Inf")}
 TOOK |= {f"_sum{LABEL}": "took_s", f"_count{LABEL}": "+Inf"}
 METRICS = {
-    "alarmrelay_alarms_accepted_total": ("counter", "Alarms stored.", {LABEL: "accepted"}),
-    "alarmrelay_duplicates_total": ("counter", "Alarms posted again.", {LABEL: "duplicates"}),
-    "alarmrelay_messages_delivered_total": ("counter", "Taken by Webex.", {LABEL: "messages"}),
-    "alarmrelay_alarms_delivered_total": ("counter", "Alarms in them.", {LABEL: "delivered"}),
-    "alarmrelay_delivery_failures_total": ("counter", "Not taken by Webex.", REASON),
-    "alarmrelay_alarms_waiting": ("gauge", "Stored and not in the room.", {LABEL: "waiting"}),
-    "alarmrelay_oldest_waiting_seconds": ("gauge", "Since it came in.", {LABEL: "oldest_s"}),
+    "alarmrelay_alarms_accepted_total": ("counter", "Alarms put on disk.", {LABEL: "accepted"}),
+    "alarmrelay_duplicates_total": ("counter", "Alarms posted twice.", {LABEL: "duplicates"}),
+    "alarmrelay_messages_delivered_total": ("counter", "Messages posted.", {LABEL: "messages"}),
+    "alarmrelay_alarms_delivered_total": ("counter", "Alarms in the room.", {LABEL: "delivered"}),
+    "alarmrelay_delivery_failures_total": ("counter", "Attempts that failed.", REASON),
+    "alarmrelay_alarms_waiting": ("gauge", "Alarms not in the room yet.", {LABEL: "waiting"}),
+    "alarmrelay_oldest_waiting_seconds": ("gauge", "Age of the oldest alarm.", {LABEL: "oldest_s"}),
     "alarmrelay_delivery_seconds": ("histogram", "From an alarm's post to the room.", TOOK),
-    "alarmrelay_requests_total": ("counter", "Answered with this status.", CODE),
-    "alarmrelay_build_info": ("gauge", "The program.", {f'{{version="{__version__}"}}': "one"}),
+    "alarmrelay_requests_total": ("counter", "Requests, by the status of their answer.", CODE),
+    "alarmrelay_build_info": ("gauge", "Its version.", {f'{{version="{__version__}"}}': "one"}),
     "process_start_time_seconds": ("gauge", "Seconds since the epoch.", {"": "started_s"}),
 }
 
