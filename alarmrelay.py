@@ -245,10 +245,19 @@ class Alarm:
         severity = f"cleared ({severity})" if mark == "✅" else severity
         lines = [first, f"**Severity:** {mark} {severity}", f"**Receive Time:** {self.time(zone)}"]
         lines += [f" **{show(key).strip()}:** {show(value)}" for key, value in self.values()]
-        late = self._late(now_ms, "<br>**Delayed:** relayed {} after it came in")
+        text = "<br>".join(lines)
+        end = self._late(now_ms, "<br>**Delayed:** relayed {} after it came in")
         page = urllib.parse.quote(str(self.fields.get("uuid") or "")[:99], "", errors="replace")
-        link = f"<br>[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"
-        return fit(lines, [late, link if url and page else ""], limit)
+        if url and page:
+            end += f"<br>[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"
+        if len(f"{text}{end}".encode()) > limit:
+            left = limit - len(f"{end}<br>… ({len(lines)} more lines)".encode())
+            text = text.encode()[:left].decode(errors="ignore")
+            # Between lines (escaped text holds no other <), or in no escape, entity or bold word.
+            whole = r".*(?=<br>)|(\\.|&\w+;|\*\*[\w ]+\*\*|[^\\&*<])*"
+            text = re.match(whole, text)[0]  # type: ignore[index]
+            end += f"<br>… ({len(lines) - 1 - text.count('<br>')} more lines)"
+        return f"{text}{end}"
 
 
 def parse_alarms(body: bytes, received_ms: int) -> list[Alarm]:
@@ -262,19 +271,6 @@ def parse_alarms(body: bytes, received_ms: int) -> list[Alarm]:
     if not all(isinstance(alarm, dict) for alarm in alarms) or len(alarms) > ALARMS:
         raise Refused(400, f"expected an alarm, a JSON object, or an array of up to {ALARMS}")
     return [Alarm(alarm, received_ms) for alarm in alarms]
-
-
-def fit(lines: Sequence[str], last: Sequence[str], limit: int = MESSAGE_BYTES) -> str:
-    """Return lines, and in any case `last`, each after its <br>, as a message of so many bytes."""
-    text, end = "<br>".join(lines), "".join(last)
-    if len(f"{text}{end}".encode()) <= limit:
-        return f"{text}{end}"
-    left = limit - len(f"{end}<br>… ({len(lines)} more lines)".encode())
-    text = text.encode()[:left].decode(errors="ignore")
-    # Between lines (escaped text holds no other <), or else in no escape, entity or bold word.
-    atoms = re.compile(r"(\\.|&\w+;|\*\*[\w ]+\*\*|[^\\&*<])*")
-    text = text.rpartition("<br>")[0] or atoms.match(text)[0]  # type: ignore[index]
-    return f"{text}{end}<br>… ({len(lines) - 1 - text.count('<br>')} more lines)"
 
 
 def format_digest(alarms: Sequence[Alarm], now_ms: int, zone: tzinfo) -> tuple[str, int]:

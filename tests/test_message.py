@@ -16,7 +16,7 @@ import pytest
 from harness import PAYLOADS, PROGRAM
 
 import alarmrelay
-from alarmrelay import Alarm, Refused, fit, parse_alarms, plain_text, show
+from alarmrelay import Alarm, Refused, parse_alarms, plain_text, show
 
 MADRID = ZoneInfo("Europe/Madrid")
 NOON_MS = 1_700_000_000_000  # Tue Nov 14 23:13:20 2023 CET
@@ -278,9 +278,9 @@ def test_no_message_is_longer_than_webex_takes(alphabet, delay_ms, where):
 
 
 def test_what_is_cut_off_is_counted():
-    kept = fit(["head", *[f" **{i}:** {'x' * 1000}" for i in range(20)]], [])
+    kept = message({"values": [{f"{i}": "x" * 1000} for i in range(20)]})
     shown = kept.count("<br>")
-    assert kept.endswith(f"<br>… ({21 - shown} more lines)")
+    assert kept.endswith(f"<br>… ({23 - shown} more lines)")
     assert len(kept.encode()) <= 7439 < len(kept.encode()) + 1010
 
 
