@@ -501,9 +501,6 @@ class Wire(io.RawIOBase):  # the bytes that come over a connection
         raise Refused(408, "the request came too slowly")
 
 
-Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
-
-
 class Verdict(NamedTuple):
     kind: str  # "delivered", "refused" (the message), "held" (token, room), "paused", "failed"
     wait_s: float
@@ -513,6 +510,7 @@ class Verdict(NamedTuple):
     tracking_id: str = ""  # Cisco's support asks for it
 
 
+Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
 # By status, what it means that Webex does; what to do. 0: no answer; 200: one without an id.
 MEANING = {
     0: "does not answer; check network, clock and https_proxy; if a proxy opens TLS, SSL_CERT_FILE",
