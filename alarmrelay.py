@@ -486,7 +486,7 @@ class Spool:
 
 # === Webex ========================================================================================
 class Wire(io.RawIOBase):  # the bytes that come over a connection
-    def __init__(self, connection: socket.socket, deadline_s: float = 0.0) -> None:
+    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
         self.connection, self.deadline_s = connection, deadline_s  # monotonic
 
     def readable(self) -> bool:
