@@ -1085,14 +1085,13 @@ def check(environ: Mapping[str, str], _: str) -> Iterator[str]:
     for name, room_id in {"bearer_token": "", **settings["rooms"]}.items():
         path = f"/rooms/{urllib.parse.quote(room_id, '')}" if room_id else "/people/me"
         verdict = judge(answer := webex.ask(path), 0, time.time())
-        if verdict.kind != "delivered":
-            yield f"wrong: {name}: {verdict.reason}{verdict.advice}"
-            continue
-        found = json.loads(answer[3])
-        shown = BREAKING.sub(" ", str(found.get("title") or found.get("displayName")))
-        is_person = found.get("type") == "person"
-        shown += ", a person's, which ends after 12 hours: create a bot" if is_person else ""
-        yield f"{'warning' if is_person else 'ok'}: {name}: {shown}"
+        line = f"wrong: {name}: {verdict.reason}{verdict.advice}"
+        if verdict.kind == "delivered":
+            found = json.loads(answer[3])
+            line = f"ok: {name}: {one_line(found.get('title') or found.get('displayName'))}"
+            if found.get("type") == "person":
+                line = f"warning{line[2:]}, a person's, which ends after 12 hours: create a bot"
+        yield line
 
 
 def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
