@@ -55,7 +55,7 @@ MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; o
 SINGLY, DIGEST = 10, 150  # alarms that wait, or they go together; alarms in a message, at most
 HEADER_BYTES, FIELDS = 2**17, 100  # of a request; a password may have 100 KB
 BODY_BYTES, ALARMS = 4 * 2**20, 1000  # of a request; vManage sends one of 8 KB or less
-BLOCK_BYTES, DRAIN_BYTES, ANSWER_BYTES = 2**16, 2**24, 2**20  # at a time; if refused; of Webex
+BLOCK_BYTES, DRAIN_BLOCKS, ANSWER_BYTES = 2**16, 2**14, 2**20  # at a time; if refused; of Webex
 HEADER_S, BODY_S, IDLE_S = 10.0, 60.0, 75.0  # of a header, a body, silence with credentials
 BACKLOG, CONNECTIONS, SPARE_FILES = 1024, 1024, 40  # that the kernel keeps; open; for all else
 STOP_S, GRACE_S, LINGER_S = 10.0, 0.2, 2.0  # of a stop; for what is on its way; for a last word
@@ -820,12 +820,9 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
                 log.warning("%s refused: %d %s", self.address, refusal.status, refusal)
                 self.answer(refusal.status, json.dumps({"error": str(refusal)}), refusal.headers)
             # Read the rest, or nobody knows where the next request begins: the connection is lost.
-            self.deadline_s, self.is_amid = time.monotonic() + HEADER_S, False  # it has its answer
-            left_bytes = DRAIN_BYTES if self.is_trusted else HEADER_BYTES
+            self.is_amid = False  # it has its answer
             with suppress(OSError, Refused):
-                while not self.is_lost and (block := self.read_block()):
-                    left_bytes -= len(block) + 8  # no chunk is free
-                    self.is_lost = left_bytes <= 0
+                self.is_lost = self.is_lost or all(self.read_block() for _ in range(DRAIN_BLOCKS))
             self.is_amid, self.is_last = self.is_lost, self.is_last or self.is_lost
 
     def read_header(self) -> None:
