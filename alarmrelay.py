@@ -998,46 +998,46 @@ class LineFormatter(logging.Formatter):
         return f"<{ {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3) }>{line}"
 
 
-def notify(environ: Mapping[str, str], *lines: str, descriptors: Sequence[int] = ()) -> None:
+def notify(*lines: str, descriptors: Sequence[int] = ()) -> None:
     """Tell systemd, where there is one, `READY=1`, `STATUS=…` and the like (sd_notify(3))."""
     with suppress(KeyError, OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.connect(environ["NOTIFY_SOCKET"].replace("@", "\0", 1))  # unix(7)
+        systemd.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))  # unix(7)
         socket.send_fds(systemd, ["\n".join(lines).encode()], [*descriptors])
 
 
-def listen(environ: Mapping[str, str], host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return the socket in which connections wait over restarts and crashes, or a new one."""
-    if environ.get("LISTEN_PID") == str(os.getpid()) and environ.get("LISTEN_FDS") == "1":
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
         kept = socket.socket(fileno=3)
         if kept.getsockname()[:2] == (host, port or kept.getsockname()[1]):
             return kept
         kept.close()  # `listen` has changed
-        notify(environ, "FDSTOREREMOVE=1", "FDNAME=listen")
+        notify("FDSTOREREMOVE=1", "FDNAME=listen")
         time.sleep(TICK_S)  # until systemd has closed it as well
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
-    notify(environ, "FDSTORE=1", "FDNAME=listen", descriptors=[listener.fileno()])
+    notify("FDSTORE=1", "FDNAME=listen", descriptors=[listener.fileno()])
     return listener
 
 
 # === Commands =====================================================================================
-# Each yields the lines to print, and raises RelayError. Their docstrings are their --help.
+# They yield the lines to print, and raise RelayError. Their docstrings are their --help.
 SAMPLE = """{"rule_name_display": "System_Reboot_Issued", "rulename": "system-reboot-issued",
 "type": "system-reboot-issued", "severity": "Critical", "message": "The device rebooted",
 "active": true, "values_short_display": [{"host-name": "DC1-VEDGE1", "system-ip": "10.1.0.1"}]}"""
 
 
-def preview(environ: Mapping[str, str], path: str) -> Iterator[str]:
+def preview(path: str) -> Iterator[str]:
     """Print the message for each alarm in FILE, or in standard input; send nothing."""
-    settings, now_ms = read_settings(environ, ["time_zone", "vmanage_url"]), int(time.time() * 1000)
-    for alarm in parse_alarms(Path(path or "/dev/stdin").read_bytes(), now_ms):
-        yield alarm.message(now_ms, settings["time_zone"], settings["vmanage_url"])
+    settings = read_settings(os.environ, ["time_zone", "vmanage_url"])
+    for alarm in parse_alarms(Path(path or "/dev/stdin").read_bytes(), int(time.time() * 1000)):
+        yield alarm.message(alarm.received_ms, settings["time_zone"], settings["vmanage_url"])
 
 
-def install(_: Mapping[str, str], root: str) -> Iterator[str]:
+def install(root: str) -> Iterator[str]:
     """Write program, unit and, if there are none, settings; below DIR, or on this host as root."""
     text = "# 'Quote odd values so.' After a change: sudo systemctl restart alarmrelay\n"
     for name, (default, form, _type, expected) in SETTINGS.items():
@@ -1068,9 +1068,9 @@ def as_installed(environ: Mapping[str, str]) -> Mapping[str, str]:
     sys.exit(subprocess.run([*run, sys.executable, *sys.argv], check=False).returncode)
 
 
-def check(environ: Mapping[str, str], _: str) -> Iterator[str]:
+def check(_: str) -> Iterator[str]:
     """Tell whether settings, disk, token and rooms are right, in a line for each."""
-    settings = read_settings(as_installed(environ))
+    settings = read_settings(as_installed(os.environ))
     zone, state = settings["time_zone"], settings["state"]
     yield f"ok: settings; in {zone} it is {Alarm({}, int(time.time() * 1000)).time(zone)}"
     place = next(path for path in (state, *state.parents) if path.exists())
@@ -1091,9 +1091,9 @@ def check(environ: Mapping[str, str], _: str) -> Iterator[str]:
         yield line
 
 
-def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
+def send(path: str) -> Iterator[str]:
     """Post the alarm in FILE, or the workshop's as of now, to the relay on this host."""
-    settings = read_settings(as_installed(environ))
+    settings = read_settings(as_installed(os.environ))
     now = {"uuid": str(uuid.uuid4()), "receive_time": int(time.time() * 1000)}
     content = Path(path).read_bytes() if path else json.dumps(json.loads(SAMPLE) | now).encode()
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
@@ -1109,9 +1109,9 @@ def send(environ: Mapping[str, str], path: str) -> Iterator[str]:
         raise RelayError(f"{url}: {reason}" + (f"; {hint}" if status in (0, 401) else ""), 1)
 
 
-def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
+def serve(_: str) -> None:
     """Relay alarms until SIGTERM or SIGINT; raise RelayError if that is not possible."""
-    settings = read_settings(environ)
+    settings = read_settings(os.environ)
     os.umask(0o077)
     # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
@@ -1122,7 +1122,7 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         couriers.append(Courier(f"/{name[len('room_id_') :]}", room_id, settings, spool, webex))
         spool.count(couriers[-1].room, {})  # told from the start
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
-    listener = listen(environ, host, port)
+    listener = listen(host, port)
     listener.setblocking(False)
     threads = [threading.Thread(target=server.run, args=[listener], daemon=True)]
     threads += [threading.Thread(target=courier.run, daemon=True) for courier in couriers]
@@ -1137,16 +1137,16 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
         if not tick_s:  # it has just begun
             level = logging.WARNING if "set room_id" in words else logging.INFO
             log.log(level, "alarmrelay %s: %s", __version__, words)
-            notify(environ, "READY=1")
-        notify(environ, f"STATUS={words}")
+            notify("READY=1")
+        notify(f"STATUS={words}")
         now_s = time.monotonic()  # before the wait for a slow disk
         spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
-        tick_s = min(TICK_S, int(environ.get("WATCHDOG_USEC", 2**32)) / 3e6)
-        if "WATCHDOG_USEC" in environ and now_s < min(server.due_s, *(c.due_s for c in couriers)):
-            notify(environ, "WATCHDOG=1")  # sd_watchdog_enabled(3)
+        tick_s = min(TICK_S, int(os.getenv("WATCHDOG_USEC", 2**32)) / 3e6)
+        if os.getenv("WATCHDOG_USEC") and now_s < min(server.due_s, *(c.due_s for c in couriers)):
+            notify("WATCHDOG=1")  # sd_watchdog_enabled(3)
     deadline_s, server.stopping = time.monotonic() + STOP_S, True
     os.close(server.stopper)
-    notify(environ, "STOPPING=1")
+    notify("STOPPING=1")
     for courier in couriers:
         courier.stopping.set()  # the send in flight is the last
         courier.arrived.set()
@@ -1155,7 +1155,6 @@ def serve(environ: Mapping[str, str], _: str) -> Iterator[str]:
     if spool.error:
         raise RelayError(str(spool.error))
     spool.close()
-    yield from ()
 
 
 def main() -> int:
@@ -1174,13 +1173,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter())
     try:
-        for line in arguments.run(os.environ, re.sub("^-$", "/dev/stdin", arguments.argument)):
+        for line in arguments.run(re.sub("^-$", "/dev/stdin", arguments.argument)) or ():
             os.write(1, f"{line}\n".encode())  # in UTF-8, whatever the locale
             status |= line.startswith("wrong: ")
     except (RelayError, OSError) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
-        notify(os.environ, f"STATUS={BREAKING.sub('; ', str(error))}")
+        notify(f"STATUS={BREAKING.sub('; ', str(error))}")
         return 1 if arguments.run is check else getattr(error, "exit_status", 74)
     return status
 
