@@ -63,7 +63,7 @@ DELAYED_MS, DUPLICATE_MS = 300_000, 600_000  # older is old news; sooner, a send
 WAITING_ALARMS, FREE_BYTES = 100_000, 16 * 2**20  # else new alarms are refused, not deliveries
 BUCKETS_S = (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 14_400)  # of delivery times, in /metrics
 TICK_S, RETENTION_STEP = 0.8, 500  # between two status lines, and old alarms deleted in that time
-REQUEST_S, CONNECT_S = 60.0, 10.0  # for one request to Webex; to connect to each of its addresses
+REQUEST_S, CONNECT_S = 60.0, 10.0  # for Webex's answer; to connect to each of its addresses
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
 PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
 HOLD_S, STALL_S = 60.0, 15.0  # between attempts that need the operator; until a thread is stuck
@@ -549,15 +549,21 @@ def judge(answer: Answer, failures: int, now_s: float) -> Verdict:
     return Verdict(kind, wait_s, reason, meaning, "".join(advice), tracking_id)
 
 
+class Reply(http.client.HTTPResponse):
+    def __init__(self, connection: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(connection, *args, **options)
+        self.kept: Any = self.fp  # or the connection would be closed
+        self.fp = io.BufferedReader(Wire(connection, time.monotonic() + REQUEST_S))
+
+
 class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    def __init__(self, url: str, authorization: str, timeout_s: float = REQUEST_S) -> None:
-        self.tls, self._url, self._timeout_s = ssl.create_default_context(), url, timeout_s
+    def __init__(self, url: str, authorization: str) -> None:
+        self.tls, self._url = ssl.create_default_context(), url
         super().__init__(context=self.tls)
         self._headers = {"Content-Type": "application/json", "Authorization": authorization}
 
     def ask(self, path: str, payload: bytes | None = None) -> Answer:
         """Get a path, as /people/me, or post a payload to it; return the answer in time."""
-        self._deadline_s = time.monotonic() + self._timeout_s
         request = urllib.request.Request(self._url.rstrip("/") + path, payload, self._headers)
         opener, secret = urllib.request.OpenerDirector(), self._headers["Authorization"].split()[-1]
         # No handler follows redirects: urllib's would send the token to the other host, by GET.
@@ -569,29 +575,16 @@ class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
                 content = reply.read(ANSWER_BYTES).replace(secret.encode(), b"[hidden]")
                 return reply.status, f"{reply.status} {reply.reason}", reply.headers, content
         except Refused:
-            reason = f"no answer within {self._timeout_s:g} s"
+            reason = f"no answer within {REQUEST_S:g} s"
         except (OSError, http.client.HTTPException, ValueError) as error:
             # Not the text of all of them: it may hold the password of a proxy.
             reason = f"no answer: {getattr(error, 'reason', type(error).__name__)}"
         return 0, reason, {}, b""
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
-        """Connect, send and read the header of the answer, for both http and https."""
-
-        class Connection(http_class):  # type: ignore[misc]
-            def connect(connection) -> None:
-                """Connect, but not for a message nobody waits for: it would stand there twice."""
-                super().connect()
-                if time.monotonic() > self._deadline_s:
-                    raise Refused(408, "too late to send a message")
-
-            def response_class(_, wire: socket.socket, *args: Any, **options: Any) -> Any:
-                """Return an answer whose bytes come through a Wire."""
-                reply: Any = http.client.HTTPResponse(wire, *args, **options)
-                reply.kept, reply.fp = reply.fp, io.BufferedReader(Wire(wire, self._deadline_s))
-                return reply
-
-        return super().do_open(Connection, req, **options)
+        """Get the answer, a Reply, over both http and https."""
+        connection: Any = type("Connection", (http_class,), {"response_class": Reply})
+        return super().do_open(connection, req, **options)
 
 
 # === Courier ======================================================================================

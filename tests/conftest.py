@@ -51,7 +51,7 @@ def clock():
 
 def courier_of(spool: Spool, webex: WebexStandIn, clock: Clock) -> Courier:
     settings = {"time_zone": ZoneInfo("Europe/Madrid"), "vmanage_url": ""}
-    client = Client(webex.url, f"Bearer {TOKEN}", timeout_s=20)
+    client = Client(webex.url, f"Bearer {TOKEN}")
     return Courier("/", ROOM, settings, spool, client, clock=clock)
 
 
