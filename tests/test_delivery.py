@@ -228,6 +228,30 @@ def test_a_hold_is_tried_again_every_minute_and_logged_when_its_reason_changes(
     assert names(webex) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            Fault(status=401, headers={"Retry-After": "7"}),
+            "held: 401 Unauthorized.*; replace bearer_token and restart "
+            "(trackingId ROUTER_X); tried again in 60 s",
+        ),
+        (
+            Fault(status=429, headers={"Retry-After": "7"}),
+            "paused: 429 Too Many Requests.* (trackingId ROUTER_X); tried again in 7 s",
+        ),
+    ],
+)
+def test_the_log_says_what_holds_an_alarm_what_to_do_and_when_it_goes_again(
+    courier, spool, webex, caplog, fault, said
+):
+    store(spool, "one")
+    webex.faults.append(fault)
+    courier.step()
+    form = re.escape(f"room /, alarm 1: delivery {said}").replace(r"\.\*", ".*")
+    assert re.fullmatch(form.replace("ROUTER_X", r"ROUTER_\S+"), caplog.messages[-1])
+
+
 def test_a_wrong_token_holds_and_the_queue_drains_once_it_is_right(courier, spool, webex):
     store(spool, "one", "two")
     webex.token = "another"
