@@ -21,6 +21,6 @@ bench: ## how fast and how small: ratios measured in turns, in under three minut
 	@$(PYTHON) tests/bench.py
 
 clean: ## remove .venv and what Python leaves behind
-	rm -rf .venv __pycache__ tests/__pycache__
+	rm -rf .venv __pycache__ tests/__pycache__ tests/screenshots
 
 .PHONY: help demo test test-hosts bench clean

@@ -20,7 +20,6 @@ import http.client
 import http.server
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -52,7 +51,8 @@ log = logging.getLogger("alarmrelay")
 Counts = collections.Counter[str]
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
-SINGLY, DIGEST = 10, 150  # alarms that wait, or they go together; alarms in a message, at most
+SINGLY, DIGEST = 10, 150  # alarms that go one by one; most in a message
+NEWEST_ALARMS, ROOMS_SHOWN, LARGE_BYTES = 50, 30, 2**16  # on the page, without larger alarms
 HEADER_BYTES, FIELDS = 2**17, 100  # of a request; a password may have 100 KB
 BODY_BYTES, ALARMS = 4 * 2**20, 1000  # of a request; vManage sends one of 8 KB or less
 BLOCK_BYTES, DRAIN_BLOCKS, ANSWER_BYTES = 2**16, 2**14, 2**20  # at a time; if refused; of Webex
@@ -71,15 +71,13 @@ HOLD_S, STALL_S = 60.0, 15.0  # between attempts that need the operator; until a
 
 # === Errors =======================================================================================
 class RelayError(Exception):  # ends the program: 74 I/O, 75 already running, 78 settings
-    def __init__(self, text: str, exit_status: int = 74) -> None:
-        super().__init__(text)
-        self.exit_status = exit_status
-
-
-class Refused(RelayError):  # answers a request with this status, {"error": text} and fields
     def __init__(self, status: int, text: str, **fields: str) -> None:
-        super().__init__(text, exit_status=1)
-        self.status, self.headers = status, fields
+        super().__init__(text)
+        self.status, self.fields = status, fields
+
+
+class Refused(RelayError):
+    """Answers a request with this HTTP status, {"error": text} and header fields."""
 
 
 # === Settings =====================================================================================
@@ -150,7 +148,7 @@ def read_settings(environ: Mapping[str, str], names: Collection[str] = SETTINGS)
     given = f"{settings.get('webhook_username')}:{settings.get('webhook_password')}"
     settings["credentials"] = base64.b64encode(given.encode())  # RFC 7617, section 2
     if problems:
-        raise RelayError("\n".join(problems), exit_status=78)
+        raise RelayError(78, "\n".join(problems))
     return settings
 
 
@@ -170,6 +168,11 @@ def one_line(value: object, most: int = MESSAGE_BYTES) -> str:  # text, or anyth
     return BREAKING.sub(" ", text[:most])
 
 
+def age(ms: int) -> str:
+    s = max(0, ms) // 1000
+    return f"{s} s" if s < 120 else f"{s // 60} min" if s < 7200 else f"{s // 3600} h"
+
+
 def show(value: object) -> str:  # as text that Webex shows literally
     text = MARKUP.sub(lambda match: re.sub("(.)", r"\\\1", match[0]), one_line(value))
     return html.escape(text, quote=False)
@@ -180,6 +183,7 @@ class Alarm:
     fields: dict[str, Any]
     received_ms: int  # by this host's clock, epoch milliseconds
     spool_id: int = 0  # none of a duplicate
+    delivered_ms: int | None = None
 
     def name(self) -> str:
         """Return the rule's name as people know it."""
@@ -220,33 +224,25 @@ class Alarm:
             keys[way.lower()] = json.dumps([rule, *values])
         return keys
 
-    def _late(self, now_ms: int, words: str) -> str:  # with its age, nothing if it is no old news
-        minutes = (now_ms - self.received_ms) // 60_000
-        age = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
-        return words.format(age) if now_ms - self.received_ms > DELAYED_MS else ""
-
-    def _head(self) -> list[str]:
+    def head(self, form: Callable[[object], str] = show) -> list[str]:
+        """Return its name, text, mark and severity, in a form such as show()."""
         keys = self.name(), *(self.fields.get(key, "unknown") for key in ("message", "severity"))
-        name, text, severity = map(show, keys)
+        name, text, severity = map(form, keys)
         is_clear = self.fields.get("active") is False
-        return [name, text, "✅" if is_clear else MARKS.get(severity, "⚪"), severity]
-
-    def line(self, zone: tzinfo) -> str:
-        """Return its line in a digest; Webex markdown, as all messages."""
-        name, text, mark, _ = self._head()
-        pairs = [f"{show(key).strip()} {show(value)}" for key, value in self.values()]
-        return ", ".join([f"- {mark} **{name.strip()}** : {text}", self.time(zone), *pairs])
+        clear = [name, text, "✅", f"cleared ({severity})"]
+        return clear if is_clear else [name, text, MARKS.get(severity, "⚪"), severity]
 
     def message(self, now_ms: int, zone: tzinfo, url: str = "", limit: int = MESSAGE_BYTES) -> str:
         """Return its own message, with a link to vManage at this address, of so many bytes."""
-        name, text, mark, severity = self._head()
+        name, text, mark, severity = self.head()
         first = f"Team, **Alarm Event** : {name}, **Message** : {text}, "
         first += "is received from vManage and here are the complete details"
-        severity = f"cleared ({severity})" if mark == "✅" else severity
         lines = [first, f"**Severity:** {mark} {severity}", f"**Receive Time:** {self.time(zone)}"]
         lines += [f" **{show(key).strip()}:** {show(value)}" for key, value in self.values()]
         text = "<br>".join(lines)
-        end = self._late(now_ms, "<br>**Delayed:** relayed {} after it came in")
+        late_ms, end = now_ms - self.received_ms, ""
+        if late_ms > DELAYED_MS:
+            end = f"<br>**Delayed:** relayed {age(late_ms)} after it came in"
         page = urllib.parse.quote(str(self.fields.get("uuid") or "")[:99], "", errors="replace")
         if url and page:
             end += f"<br>[Open in vManage]({url.rstrip('/')}/#/app/monitor/alarms/details/{page})"
@@ -275,12 +271,17 @@ def parse_alarms(body: bytes, received_ms: int) -> list[Alarm]:
 
 def format_digest(alarms: Sequence[Alarm], now_ms: int, zone: tzinfo) -> tuple[str, int]:
     """Return one message for alarms, oldest first, with as many as it takes, and their number."""
-    late = alarms[0]._late(now_ms, ", the oldest {} ago")
-    first = f"Team, **{{}} alarms** are received from vManage{late}:{{}}"
-    lines = itertools.accumulate(f"\n{alarm.line(zone)}" for alarm in alarms)
-    texts = itertools.starmap(first.format, enumerate(lines, 1))
-    fitting = [*itertools.takewhile(lambda text: len(text.encode()) <= MESSAGE_BYTES, texts)]
-    return "".join(fitting[-1:]), len(fitting)
+    late_ms, fitting, lines = now_ms - alarms[0].received_ms, "", ""
+    late = f", the oldest {age(late_ms)} ago" if late_ms > DELAYED_MS else ""
+    for count, alarm in enumerate(alarms):
+        name, text, mark, _ = alarm.head()
+        pairs = [f"{show(key).strip()} {show(value)}" for key, value in alarm.values()]
+        lines += ", ".join([f"\n- {mark} **{name.strip()}** : {text}", alarm.time(zone), *pairs])
+        longer = f"Team, **{count + 1} alarms** are received from vManage{late}:{lines}"
+        if len(longer.encode()) > MESSAGE_BYTES:
+            return fitting, count
+        fitting = longer
+    return fitting, len(alarms)
 
 
 def plain_text(markdown: str) -> str:  # ASCII, for a Webex that refuses a message's markdown
@@ -301,23 +302,27 @@ MIGRATIONS = (
     CREATE INDEX IF NOT EXISTS waiting ON alarm (room, id) WHERE delivered_ms IS NULL;
     CREATE INDEX IF NOT EXISTS delivered ON alarm (delivered_ms) WHERE delivered_ms IS NOT NULL""",
     """ALTER TABLE alarm ADD COLUMN uuid TEXT; ALTER TABLE alarm ADD COLUMN down TEXT;
-    CREATE INDEX request ON alarm (request); CREATE INDEX message ON alarm (message_id);
+    CREATE INDEX request ON alarm (request);
     CREATE INDEX uuid ON alarm (uuid, room) WHERE uuid IS NOT NULL;
     CREATE INDEX down ON alarm (down, room) WHERE down IS NOT NULL""",
 )
 RETRY = {"Retry-After": "30"}  # of what can pass by itself
 INSERT = "INSERT INTO alarm (room, request, received_ms, body) VALUES (?1, ?2, ?3, ?4)"
 FIND_REQUEST = "SELECT id FROM alarm WHERE request = ?2 AND received_ms BETWEEN ?3 - ?5 AND ?3 + ?5"
-ROOMS = """SELECT room, n, received_ms FROM (SELECT room, count(*) AS n, min(id) AS first FROM alarm
-    WHERE delivered_ms IS NULL GROUP BY room) JOIN alarm USING (room) WHERE id = first"""
+NEWEST = """SELECT body, received_ms, id, delivered_ms FROM alarm WHERE length(body) < ?
+    ORDER BY id DESC LIMIT ?"""
+HOURS = """SELECT room, delivered_ms / 3600000, count(*), max(delivered_ms) FROM alarm
+    WHERE delivered_ms > ? GROUP BY 1, 2 ORDER BY 2"""
+ROOMS = (
+    "SELECT room, count(*), received_ms, min(id) FROM alarm WHERE delivered_ms IS NULL GROUP BY 1"
+)
 OLDEST_WAITING = """SELECT body, received_ms, id FROM alarm WHERE room = ? AND
     delivered_ms IS NULL AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"""
 SET_DELIVERED = """UPDATE alarm SET delivered_ms = :delivered_ms, message_id = :message_id,
     uuid = :uuid, down = :down WHERE id = :spool_id"""
-CLEARED = """SELECT 1, id, message_id FROM alarm WHERE room = :room
-    AND uuid IN (SELECT value FROM json_each(:clears)) UNION ALL
-    SELECT 2, max(id), message_id FROM alarm WHERE room = :room AND down = :up GROUP BY down
-    ORDER BY 1, 2 DESC"""
+CLEARED = """SELECT 1, id, message_id FROM alarm WHERE room = :room AND uuid IN
+    (SELECT value FROM json_each(:clears)) UNION ALL SELECT 2, max(id), message_id FROM alarm
+    WHERE room = :room AND down = :up GROUP BY down ORDER BY 1, 2 DESC"""
 DELETE = "DELETE FROM alarm WHERE id IN (SELECT id FROM alarm WHERE delivered_ms < ? LIMIT ?)"
 
 
@@ -330,38 +335,37 @@ class Spool:
         self._path = directory / "alarmrelay.db"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                self._open()
-            except (sqlite3.Error, TypeError, ValueError) as error:
-                if re.search("locked|full|disk I/O|unable to open|readonly", str(error)):
-                    raise  # the file is well
-                self._move_aside(error)
-                self._open()
+            self._open()
         except (OSError, sqlite3.Error, TypeError, ValueError) as error:
             if str(error) == "database is locked":
-                raise RelayError(f"another relay runs on {directory}: stop it first", 75) from error
-            raise RelayError(f"no spool can be opened in {directory}: {error}") from error
+                raise RelayError(75, f"another relay runs on {directory}: stop it first") from error
+            if re.search("full|disk I/O|unable to open|readonly|Errno", str(error)):  # it is well
+                raise RelayError(74, f"no spool can be opened in {directory}: {error}") from error
+            self._move_aside(error)
+            self._open()
 
     def _open(self) -> None:
         db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db, db.text_factory = db, lambda text: text.decode(errors="replace")
-        if not self._path.stat().st_size and Path(f"{self._path}-wal").exists():
-            raise ValueError("its -wal stands alone")  # SQLite would throw it away
         db.executescript(PRAGMAS)
         ((version,),) = db.execute("PRAGMA user_version")
         if version > len(MIGRATIONS):
-            raise RelayError(f"{self._path} is of a newer relay, version {version}: install that")
+            raise RelayError(74, f"{self._path} is of a newer relay, version {version}: use that")
         for number, migration in [*enumerate(MIGRATIONS, 1)][version:]:
             db.executescript(f"BEGIN; {migration}; PRAGMA user_version = {number}; COMMIT")
-        self.rooms = collections.defaultdict[str, Counts](Counts)  # what Status tells, by path
-        for room, waiting, oldest_ms in db.execute(ROOMS):
+        self.rooms = collections.defaultdict[str, Counts](Counts)  # what is told, by path
+        for room, waiting, oldest_ms, _ in db.execute(ROOMS):  # of the row with min(id)
             self.count(room, {"waiting": waiting}, oldest_ms=oldest_ms)
+        for room, hour, number, last_ms in db.execute(HOURS, [(time.time() - 90_000) * 1000]):
+            self.count(room, {f"hour {hour}": number}, last_ms=last_ms)
+        newest = (self._read(*row) for row in db.execute(NEWEST, (LARGE_BYTES, NEWEST_ALARMS)))
+        self.newest = collections.deque(newest, NEWEST_ALARMS)
 
     def _move_aside(self, error: Exception) -> None:
         aside = f"{self._path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
         log.error("the spool is damaged (%s), what waited in it may be lost: see %s", error, aside)
         self._db.close()
-        for end in ("", "-wal"):
+        for end in ("-wal", ""):  # SQLite would throw away a -wal that stands alone
             with suppress(FileNotFoundError):
                 os.rename(f"{self._path}{end}", f"{aside}{end}")
 
@@ -414,13 +418,14 @@ class Spool:
                         known = db.execute(FIND_REQUEST, (*rows[0], DUPLICATE_MS)).fetchone()
                         for alarm, row in zip(alarms, [] if known else rows):
                             alarm.spool_id = db.execute(INSERT, row).lastrowid or 0
-                for future, room, alarms, _ in batch:
+                for future, room, alarms, rows in batch:
                     ids = [alarm.spool_id for alarm in alarms if alarm.spool_id]
                     future.set_result(ids)
                     kind, told = "accepted" if ids else "duplicates", self.rooms[room]
                     oldest_ms = told["oldest_ms"] if told["waiting"] else alarms[0].received_ms
-                    changes = {kind: len(alarms), "waiting": len(ids)}
-                    self.count(room, changes, oldest_ms=oldest_ms)
+                    self.count(room, {kind: len(alarms), "waiting": len(ids)}, oldest_ms=oldest_ms)
+                    small = (a for a, row in zip(alarms, rows) if len(row[-1]) < LARGE_BYTES)
+                    self.newest.extendleft(small)
             except Refused as refusal:
                 for future, *_ in batch:
                     future.set_exception(refusal)
@@ -451,19 +456,18 @@ class Spool:
                 self.count(room, {}, oldest_ms=ms)  # of all, also those set aside
         return found, cleared[2] if cleared else ""
 
-    def set_gone(self, gone: str) -> None:
-        """Record that the message with this id was deleted, so that no clear is a reply to it."""
-        with suppress(Refused), self._transaction() as db:
-            db.execute("UPDATE alarm SET uuid = NULL, down = NULL WHERE message_id = ?", [gone])
-
     def set_delivered(self, room: str, message_id: str, delivered_ms: int, *alarms: Alarm) -> None:
         """Record that alarms stand in the room, in the Webex message with this id."""
         sent = {"room": room, "message_id": message_id, "delivered_ms": delivered_ms}
         n, took_ms = len(alarms), [max(0, delivered_ms - alarm.received_ms) for alarm in alarms]
         counts = {"messages": 1, "delivered": n, "+Inf": n, "waiting": -n}
         counts |= {str(s): sum(ms <= s * 1000 for ms in took_ms) for s in BUCKETS_S}
+        hour, ids = delivered_ms // 3_600_000, {alarm.spool_id for alarm in alarms}
+        counts |= {"ms": sum(took_ms), f"hour {hour}": n}
         with self._lock:
-            self.count(room, {**counts, "ms": sum(took_ms)})
+            self.count(room, counts, **{"last_ms": delivered_ms, f"hour {hour - 25}": 0})
+            for alarm in self.newest:
+                alarm.delivered_ms = delivered_ms if alarm.spool_id in ids else alarm.delivered_ms
             self._unrecorded |= {a.spool_id: {**vars(a), **a.threads(), **sent} for a in alarms}
             self.delete_delivered()
 
@@ -582,7 +586,6 @@ class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         return 0, reason, {}, b""
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
-        """Get the answer, a Reply, over both http and https."""
         connection: Any = type("Connection", (http_class,), {"response_class": Reply})
         return super().do_open(connection, req, **options)
 
@@ -639,11 +642,8 @@ class Courier:
         answer = self.webex.ask("/messages", json.dumps(message).encode())
         self.due_s = time.monotonic() + STALL_S
         verdict = judge(answer, self.failures, self.clock())
-        if parent and answer[0] in (400, 404):
-            verdict = self._send(**content)
-            if verdict.kind not in ("held", "refused"):  # else it is not the parent that is wrong
-                self.spool.set_gone(parent)
-        return verdict
+        # A message to reply to may have been deleted.
+        return self._send(**content) if parent and answer[0] in (400, 404) else verdict
 
     def _conclude(self, alarms: Sequence[Alarm], verdict: Verdict) -> float:
         now_s, spool_id = self.clock(), alarms[0].spool_id
@@ -690,8 +690,18 @@ class Courier:
             self.arrived.clear()  # before the looks at the stop and into the spool: none is missed
 
 
-# === Status =======================================================================================
-# What spool and couriers have in memory: the same work always, and no lock that a post waits for.
+# === HTTP =========================================================================================
+# What could be read in two ways is refused. Each part of a request has a deadline and a bound.
+# Page and metrics are of what is in memory: the same work always, no lock that a post waits for.
+CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
+ALLOWED = {"/healthz": "GET", "/metrics": "GET", "/": "GET, POST"}  # else, for a room, POST
+HTML = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": CSP}
+TOKEN, VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", rb"[^\x00-\x08\x0a-\x1f\x7f]*"
+FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) HTTP/(1\.[0-9])\r\n" % TOKEN)
+FIELD_LINE = re.compile(rb"(%b):(%b)\r\n" % (TOKEN, VALUE))
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;%b)?\r\n" % VALUE)
+SINGLE = ("Content-Length", "Transfer-Encoding", "Authorization", "Host")
 CODES = (200, 400, 401, 404, 405, 408, 411, 413, 431, 501, 503)  # that a request is answered with
 # Type, help, and what is counted for each sample; "%s" is the room's path.
 LABEL, CODE = '{room="%s"}', {f'{{code="{code}"}}': f"HTTP {code}" for code in CODES}
@@ -711,72 +721,41 @@ METRICS = {
     "alarmrelay_build_info": ("gauge", "Its version.", {f'{{version="{__version__}"}}': "one"}),
     "process_start_time_seconds": ("gauge", "Seconds since the epoch.", {"": "started_s"}),
 }
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>alarmrelay</title>
+<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="10"><style>
+:root { color-scheme: light dark; font: 95%/1.5 system-ui, sans-serif } body { margin: 1rem }
+h1 { font-size: 1.2rem; padding: 1rem; border-radius: .5rem; color: #fff; background: #17672e }
+.late { background: #8a5200 } .bad { background: #b3261e } .duplicate { opacity: .7 }
+table, tbody { display: block } table { margin: 2rem 0 } .waiting :last-child { font-weight: 600 }
+tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0; border-top: 1px solid #8885 }
+@media (min-width: 60rem) { td { flex: 2 14rem } :nth-child(2), :nth-child(n+5) { flex: 1 9rem } }
+td { overflow-wrap: anywhere; max-width: 100% } td:nth-child(3) { font-weight: 600 }</style>"""
 
 
-class Status:
-    def __init__(self, spool: Spool, couriers: Sequence[Courier], zone: tzinfo) -> None:
-        self.spool, self.zone, self.started_s = spool, zone, time.time()
-        self.couriers = {courier.room: courier for courier in couriers}
-        # A step of these is one of the interpreter's: threads need no lock for it.
-        self.answers = {code: itertools.count() for code in CODES}
-
-    def verdict(self) -> str:
-        """Return how it is in a sentence: whether alarms wait, why, since when and what to do."""
-        refused, rooms = self.spool.refusal(), self.spool.rooms
-        found = [f"New alarms are refused: {refused}"] if refused else []
-        for room in sorted(room for room in rooms if rooms[room]["waiting"]):
-            number, courier = rooms[room]["waiting"], self.couriers.get(room)
-            words = "1 alarm waits" if number == 1 else f"{number} alarms wait"
-            words += f" for room {room}" if len(rooms) > 1 else ""
-            if not courier:
-                words += f": set room_id{room.replace('/', '_')}"
-            elif trouble := courier.trouble:
-                since = datetime.fromtimestamp(courier.since_s, self.zone)
-                again_s = max(0, courier.retry_s - time.time())
-                words += f": Webex {trouble.meaning} ({trouble.reason}) since {since:%H:%M}"
-                words += f", tried again in {again_s:.0f} s{trouble.advice}"
-            found.append(words)
-        where = "the room" if len(rooms) == 1 else "their rooms"
-        return "; ".join(found) or f"All alarms are in {where}"
-
-    def metrics(self) -> str:
-        """Return Prometheus's text format; prometheus.io/docs/instrumenting/exposition_formats."""
-        of_all: dict[str, float] = {"one": 1, "started_s": self.started_s}
-        of_all |= {f"HTTP {code}": int(repr(count)[6:-1]) for code, count in self.answers.items()}
-        lines, now_s = list[str](), time.time()
-        for name, (kind, text, samples) in METRICS.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for room, counts in sorted(self.spool.rooms.items()):
-                waited_s = max(0, now_s - counts["oldest_ms"] / 1000) if counts["waiting"] else 0
-                sums = {**counts, "oldest_s": waited_s, "took_s": counts["ms"] / 1000, **of_all}
-                for sample, key in samples.items():
-                    lines.append(f"{name}{sample.replace('%s', room)} {sums.get(key, 0)}")
-        return "\n".join([*dict.fromkeys(lines), ""])  # what has no room once
-
-
-# === HTTP =========================================================================================
-# What could be read in two ways is refused. Each part of a request has a deadline and a bound.
-CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
-TOKEN, VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", rb"[^\x00-\x08\x0a-\x1f\x7f]*"
-FIRST_LINE = re.compile(rb"(%b) (?:https?://[^/?#\s]*)?(/[!-~]*) HTTP/(1\.[0-9])\r\n" % TOKEN)
-FIELD_LINE = re.compile(rb"(%b):(%b)\r\n" % (TOKEN, VALUE))
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;%b)?\r\n" % VALUE)
-SINGLE = ("Content-Length", "Transfer-Encoding", "Authorization", "Host")
+def cells(most: int, *values: object) -> str:  # of a table, as HTML of so many bytes each
+    texts = (html.escape(one_line(value), quote=False).encode()[:most] for value in values)
+    return "<td>".join(re.sub("&[^;]*$", "", text.decode(errors="ignore")) for text in texts)
 
 
 class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its bytes
     def __init__(self, client: socket.socket, address: str, server: Server, wait_s: float) -> None:
         self.connection: Any = client  # or, over TLS, ssl's
-        self.address, self.relay, self.wait_s = address, server, wait_s
-        # Credentials were shown; or were not, once; its client may go on sending.
-        self.is_trusted = self.is_answered = self.is_amid = self.is_last = self.is_lost = False
+        self.address, self.relay = address, server
+        # Until credentials are shown; some clients show them only when asked: two answers.
+        self.idle_s, self.header_s, self.left_answers = wait_s, wait_s, 2.0
+        # No stop cuts off what is amid. Nobody knows where a request begins after one that is lost.
+        self.is_amid = self.is_lost = False
 
     def run(self) -> None:
         """Answer all requests, and close so that the client can read the last answer."""
         with guard(self.address), suppress(Refused):  # it has no more to say
             self.rfile: io.BufferedReader = io.BufferedReader(self)  # no earlier: a cycle
             try:
-                self.serve()
+                if tls := self.relay.tls:
+                    self.connection.settimeout(self.header_s)  # for the handshake as a whole
+                    self.connection = tls.wrap_socket(self.connection, True, False)
+                    self.connection.do_handshake()
+                self.handle()
             except OSError as error:
                 self.is_amid = True
                 log.warning("%s is gone unanswered: %s", self.address, error)
@@ -793,35 +772,27 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             self.relay.connections.remove(self)
             self.relay.ended.notify_all()
 
-    def serve(self) -> None:
-        """Answer all requests; raise OSError if the connection breaks, Refused if it is idle."""
-        if tls := self.relay.tls:
-            self.connection.settimeout(self.wait_s)  # for the handshake as a whole
-            self.connection = tls.wrap_socket(self.connection, True, False)
-            self.connection.do_handshake()
-        while not self.is_last:
-            self.deadline_s = time.monotonic() + (IDLE_S if self.is_trusted else self.wait_s)
-            is_odd = self.rfile.peek(1)[:1] == b"\r" and self.rfile.readline(2) != b"\r\n"
-            if is_odd or not self.rfile.peek(1):  # an empty line may come first; RFC 9112, 2.2
-                return
-            self.deadline_s = time.monotonic() + (HEADER_S if self.is_trusted else self.wait_s)
-            self.command, self.is_amid, self.is_lost = "", True, True
-            try:
-                self.read_header()
-                self.answer(200, *self.respond())
-            except Refused as refusal:
-                log.warning("%s refused: %d %s", self.address, refusal.status, refusal)
-                self.answer(refusal.status, json.dumps({"error": str(refusal)}), refusal.headers)
-            # Read the rest, or nobody knows where the next request begins: the connection is lost.
-            self.is_amid = False  # it has its answer
-            with suppress(OSError, Refused):
-                self.is_lost = self.is_lost or all(self.read_block() for _ in range(DRAIN_BLOCKS))
-            self.is_amid, self.is_last = self.is_lost, self.is_last or self.is_lost
+    def handle_one_request(self) -> None:
+        """Answer a request; raise OSError if the connection breaks, Refused if none comes."""
+        self.deadline_s = time.monotonic() + self.idle_s
+        is_odd = self.rfile.peek(1)[:1] == b"\r" and self.rfile.readline(2) != b"\r\n"
+        if is_odd or not self.rfile.peek(1):  # an empty line may come first; RFC 9112, 2.2
+            raise Refused(400, "there is no further request")
+        self.deadline_s = time.monotonic() + self.header_s
+        self.command, self.is_amid, self.is_lost = "", True, True
+        try:
+            self._read_header()
+            self._answer(200, *self._respond())
+        except Refused as refusal:
+            log.warning("%s refused: %d %s", self.address, refusal.status, refusal)
+            self._answer(refusal.status, json.dumps({"error": str(refusal)}), refusal.fields)
+        # Read the rest, or nobody knows where the next request begins: the connection is lost.
+        self.is_amid = False  # it has its answer
+        with suppress(OSError, Refused):
+            self.is_lost = self.is_lost or all(self._read_block() for _ in range(DRAIN_BLOCKS))
+        self.is_amid, self.close_connection = self.is_lost, self.is_lost or self.close_connection
 
-    def read_header(self) -> None:
-        """Read the header; raise Refused if in doubt, or ConnectionError if the client leaves."""
-        if self.rfile.peek(1)[:1] == b"\x16":  # a handshake; RFC 8446, 5.1
-            raise Refused(400, "this is TLS: begin the URL with http://, or set tls_certificate")
+    def _read_header(self) -> None:  # or raise Refused, ConnectionError if the client leaves
         self.headers, form, left_bytes = http.client.HTTPMessage(), FIRST_LINE, HEADER_BYTES + 1
         while (line := self.rfile.readline(left_bytes)) != b"\r\n" or form is FIRST_LINE:
             left_bytes -= len(line)
@@ -830,7 +801,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             if not line.endswith(b"\n"):
                 raise ConnectionError("the client left in the middle of a header")
             if not (match := form.fullmatch(line)):
-                raise Refused(400, "the header cannot be read")
+                raise Refused(400, "the header cannot be read; for https, set tls_certificate")
             if form is FIRST_LINE:
                 self.command, path, version = map(bytes.decode, match.groups())
                 self.path, form = path.partition("?")[0], FIELD_LINE
@@ -847,12 +818,11 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             raise Refused(400, "a header field is doubled, or the body's length is in doubt")
         self.left_bytes = sum(map(int, lengths))
         connection = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.is_last = is_1_0 or "close" in map(str.strip, connection)
+        self.close_connection = is_1_0 or "close" in map(str.strip, connection)
         # A client that waits to be asked for the body may send it all the same, or not.
         self.is_lost = self.headers.get("Expect", "").lower() == "100-continue" and not is_1_0
 
-    def read_block(self) -> bytes:
-        """Return a part of the body, b"" at its end; raise as read_header()."""
+    def _read_block(self) -> bytes:  # of the body, b"" at its end; raises as _read_header()
         if self.is_lost:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.is_lost, is_chunk = True, self.is_chunked
@@ -870,38 +840,37 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
         self.is_lost = False
         return block
 
-    def respond(self) -> tuple[str, Mapping[str, str]]:
-        """Do what the request asks and return the answer, and fields for it; raise Refused."""
+    def _respond(self) -> tuple[str, Mapping[str, str]]:  # does what is asked, or raises Refused
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")  # RFC 7617, 2
-        # Hashes, since compare_digest() tells how long the things are that it compares.
-        given = hashlib.sha256(token.strip(" ").encode("latin-1")).digest()
-        is_right = scheme.lower() == "basic" and secrets.compare_digest(given, self.relay.digest)
-        self.is_trusted |= is_right
-        if self.path != "/healthz" and not is_right:
+        given, known = token.strip(" ").encode("latin-1"), self.relay.credentials
+        if scheme.lower() == "basic" and secrets.compare_digest(given, known):
+            self.idle_s, self.header_s, self.left_answers = IDLE_S, HEADER_S, float("inf")
+        elif self.path != "/healthz":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
-        status = self.relay.status
-        allowed = "GET" if self.path in ("/healthz", "/metrics") else "POST"
-        if self.path not in ("/healthz", "/metrics", *status.couriers):
+        allowed = ALLOWED.get(self.path, "POST")
+        if self.path not in {**ALLOWED, **self.relay.couriers}:
             raise Refused(404, "no room has this path: post to /, or to /NAME of a room_id_NAME")
-        if self.command != allowed:
+        if self.command not in allowed.split(", "):
             raise Refused(405, f"only {allowed} is answered here", Allow=allowed)
         if self.path == "/metrics":
-            return status.metrics(), {"Content-Type": "text/plain; version=0.0.4"}
+            return self.relay.metrics(), {"Content-Type": "text/plain; version=0.0.4"}
         if self.path == "/healthz":
             if refused := self.relay.spool.refusal():
                 raise refused
             return '{"status": "ok"}', {}
+        if self.command == "GET":
+            return self.relay.page(), HTML
         if not self.is_chunked and "Content-Length" not in self.headers:
             raise Refused(411, "the relay is reached, but the request has no length and no alarm")
         content, self.deadline_s = bytearray(), time.monotonic() + BODY_S
-        while block := len(content) + self.left_bytes <= BODY_BYTES and self.read_block():
+        while block := len(content) + self.left_bytes <= BODY_BYTES and self._read_block():
             content += block
         if block is False:
             raise Refused(413, f"a body has {BODY_BYTES} bytes at most")
         alarms = parse_alarms(bytes(content), int(time.time() * 1000))
         request = hashlib.blake2b(self.path.encode() + b"\n" + content, digest_size=16).digest()
         ids = self.relay.spool.store(self.path, request, alarms)  # now they are on disk
-        status.couriers[self.path].arrived.set()
+        self.relay.couriers[self.path].arrived.set()
         for spool_id, alarm in zip(ids, alarms):
             words = f"rule={alarm.name()[:99]!r} uuid={str(alarm.fields.get('uuid'))[:99]!r}"
             log.info(f"alarm {spool_id} taken: room={self.path} {words} sender={self.address}")
@@ -909,16 +878,17 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             log.info("%s sent again what was taken before: not stored twice", self.address)
         return json.dumps({"status": "accepted" if ids else "duplicate"}), {}
 
-    def answer(self, status: int, text: str, headers: Mapping[str, str]) -> None:
-        """Send header and body at once: apart, one waits for the other's acknowledgement."""
+    def _answer(self, status: int, text: str, headers: Mapping[str, str]) -> None:
+        # Header and body at once: apart, one waits for the other's acknowledgement.
         body = text.encode(errors="replace")
-        next(self.relay.status.answers[status])
-        # Some clients show credentials only when asked: two answers.
-        is_guess = self.is_answered and not self.is_trusted
-        self.is_last |= self.is_lost or self.relay.stopping or is_guess
-        self.is_answered, closing = True, "close" if self.is_last else "keep-alive"
+        with self.relay.ended:
+            self.relay.answers[f"HTTP {status}"] += 1
+        self.left_answers -= 1
+        self.close_connection |= self.is_lost or self.relay.stopping or not self.left_answers
+        closing = "close" if self.close_connection else "keep-alive"
         fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
         fields |= {"Date": self.date_time_string(), "Connection": closing}
+        fields |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         self.connection.settimeout(HEADER_S)
@@ -927,11 +897,68 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
 
 class Server:
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
-        self.digest, self.tls = hashlib.sha256(settings["credentials"]).digest(), settings["tls"]
-        self.spool, self.status = spool, Status(spool, couriers, settings["time_zone"])
+        self.credentials, self.tls = settings["credentials"], settings["tls"]
+        self.spool, self.zone, self.started_s = spool, settings["time_zone"], time.time()
+        self.couriers = {courier.room: courier for courier in couriers}
+        self.answers = {f"HTTP {code}": 0 for code in CODES}
         self.stopping, self.due_s, (self._stop, self.stopper) = False, float("inf"), os.pipe()
         self.connections, self.ended = set[Handler](), threading.Condition()
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
+
+    def verdict(self) -> tuple[str, str]:
+        """Return how it is, good, late or bad, and a sentence: why, since when and what to do."""
+        refused, rooms = self.spool.refusal(), self.spool.rooms
+        kind, found = ("bad", [f"New alarms are refused: {refused}"]) if refused else ("late", [])
+        for room in sorted(room for room in rooms if rooms[room]["waiting"]):
+            number, courier = rooms[room]["waiting"], self.couriers.get(room)
+            words = "1 alarm waits" if number == 1 else f"{number} alarms wait"
+            words += f" for room {room}" if len(rooms) > 1 else ""
+            if not courier:
+                kind, words = "bad", f"{words}: set room_id{room.replace('/', '_')}"
+            elif trouble := courier.trouble:
+                kind = "bad" if trouble.kind in ("held", "refused") else kind  # not by itself
+                since = datetime.fromtimestamp(courier.since_s, self.zone)
+                again_s = max(0, courier.retry_s - time.time())
+                words += f": Webex {trouble.meaning} ({trouble.reason})"
+                words += f" since {since:%H:%M}, tried again in {again_s:.0f} s{trouble.advice}"
+            found.append(words)
+        said = f"All alarms are in {'the room' if len(rooms) == 1 else 'their rooms'}"
+        return kind if found else "good", "; ".join(found) or said
+
+    def page(self) -> str:
+        """Return the page for people, of less than 50 KB."""
+        (kind, said), now_ms = self.verdict(), int(time.time() * 1000)
+        page = f'{PAGE}<h1 class="{kind}">{cells(2000, said)}</h1><table class="rooms">'
+        for room, told in sorted(self.spool.rooms.items())[:ROOMS_SHOWN]:
+            day = sum(told[f"hour {now_ms // 3_600_000 - n}"] for n in range(25))
+            last = Alarm({}, told["last_ms"]).time(self.zone) if told["last_ms"] else "none in 24 h"
+            oldest = f"oldest {age(now_ms - told['oldest_ms'])}" if told["waiting"] else ""
+            shown = f"{told['waiting']} waiting", oldest, f"last delivered: {last}"
+            page += f"<tr><td>{cells(160, room, *shown, f'{day} delivered in 24 h')}"
+        page += '</table><table class="alarms">'
+        for alarm in self.spool.newest.copy():
+            name, text, mark, severity = alarm.head(one_line)
+            values, state = dict(alarm.values()), "waiting" if alarm.spool_id else "duplicate"
+            device = next(filter(None, map(values.get, ("host-name", "system-ip", "site-id"))), "")
+            if alarm.delivered_ms:
+                took_ms = max(0, alarm.delivered_ms - alarm.received_ms)
+                state = f"delivered after {took_ms / 1000:.1f} s"
+            row = cells(160, alarm.time(self.zone), f"{mark} {severity}", name, text, device, state)
+            page += f'<tr class="{state.split()[0]}"><td>{row}'
+        return page
+
+    def metrics(self) -> str:
+        """Return Prometheus's text format; prometheus.io/docs/instrumenting/exposition_formats."""
+        of_all = {"one": 1, "started_s": self.started_s, **self.answers}
+        lines, now_s = list[str](), time.time()
+        for name, (kind, text, samples) in METRICS.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            for room, counts in sorted(self.spool.rooms.items()):
+                waited_s = max(0, now_s - counts["oldest_ms"] / 1000) if counts["waiting"] else 0
+                sums = {**counts, "oldest_s": waited_s, "took_s": counts["ms"] / 1000, **of_all}
+                for sample, key in samples.items():
+                    lines.append(f"{name}{sample.replace('%s', room)} {sums.get(key, 0)}")
+        return "\n".join([*dict.fromkeys(lines), ""])  # what has no room once
 
     def run(self, listener: socket.socket) -> None:
         """Accept connections until the stop, then see each request on its way answered."""
@@ -985,8 +1012,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, which no event can make two; for the journal as in sd-daemon(3)."""
         line = BREAKING.sub(lambda match: ascii(match[0])[1:-1], super().format(record))
-        stderr = os.fstat(2)
-        if os.environ.get("JOURNAL_STREAM") != f"{stderr.st_dev}:{stderr.st_ino}":
+        if os.environ.get("JOURNAL_STREAM") != "{0.st_dev}:{0.st_ino}".format(os.fstat(2)):
             return f"{self.formatTime(record)} {record.levelname} {line}"
         return f"<{ {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3) }>{line}"
 
@@ -1011,7 +1037,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise RelayError(f"listen: {host} port {port} cannot be had: {error}") from error
+        raise RelayError(74, f"listen: {host} port {port} cannot be had: {error}") from error
     notify("FDSTORE=1", "FDNAME=listen", descriptors=[listener.fileno()])
     return listener
 
@@ -1038,32 +1064,18 @@ def install(root: str) -> Iterator[str]:
         text += f"\n# {name}{needed}: {expected}\n{mark}{name}={default}\n"
     files = [(PROGRAM_FILE, Path(__file__).read_text("utf-8"), "755"), (UNIT_FILE, UNIT, "644")]
     files += [] if Path(f"{root}{ENV_FILE}").exists() else [(ENV_FILE, text, "600")]
-    try:
-        for name, text, mode in files:
-            command = ["install", "-D", "-m", mode, "/dev/stdin", f"{root}{name}"]
-            subprocess.run(command, input=text.encode(), check=True)
-            yield f"written: {root}{name}"
-        if not root:
-            subprocess.run(["systemctl", "daemon-reload"], check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise RelayError(f"{error}: install needs root and systemd, or --root DIR") from error
-    yield f"next: sudoedit {ENV_FILE}"
+    for name, text, mode in files:
+        command = ["install", "-D", "-m", mode, "/dev/stdin", f"{root}{name}"]
+        if subprocess.run(command, input=text.encode(), check=False).returncode:
+            raise RelayError(74, "install needs root and systemd, or --root DIR")
+        yield f"written: {root}{name}"
+    yield f"next: sudoedit {ENV_FILE}"  # then `enable` lets systemd read the unit, too
     yield "      sudo systemctl enable alarmrelay && sudo systemctl restart alarmrelay"
-
-
-def as_installed(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the environment; if it holds no setting, end, having run anew with the relay's."""
-    if {"STATE_DIRECTORY", *SETTINGS} & environ.keys() or not Path(ENV_FILE).exists():
-        return environ
-    run = f"systemd-run --quiet --pipe --wait --same-dir -p EnvironmentFile={ENV_FILE}".split()
-    run += ["-E", "STATE_DIRECTORY=/var/lib/alarmrelay"]  # and, while it runs:
-    run += ["-E", "CREDENTIALS_DIRECTORY=/run/credentials/alarmrelay.service"]
-    sys.exit(subprocess.run([*run, sys.executable, *sys.argv], check=False).returncode)
 
 
 def check(_: str) -> Iterator[str]:
     """Tell whether settings, disk, token and rooms are right, in a line for each."""
-    settings = read_settings(as_installed(os.environ))
+    settings = read_settings(os.environ)
     zone, state = settings["time_zone"], settings["state"]
     yield f"ok: settings; in {zone} it is {Alarm({}, int(time.time() * 1000)).time(zone)}"
     place = next(path for path in (state, *state.parents) if path.exists())
@@ -1086,7 +1098,7 @@ def check(_: str) -> Iterator[str]:
 
 def send(path: str) -> Iterator[str]:
     """Post the alarm in FILE, or the workshop's as of now, to the relay on this host."""
-    settings = read_settings(as_installed(os.environ))
+    settings = read_settings(os.environ)
     now = {"uuid": str(uuid.uuid4()), "receive_time": int(time.time() * 1000)}
     content = Path(path).read_bytes() if path else json.dumps(json.loads(SAMPLE) | now).encode()
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
@@ -1099,7 +1111,7 @@ def send(path: str) -> Iterator[str]:
         yield f"{status} {answer.decode(errors='replace')}"
     if status != 200:
         hint = "systemctl status alarmrelay; if listen, webhook_... or tls_... changed: restart it"
-        raise RelayError(f"{url}: {reason}" + (f"; {hint}" if status in (0, 401) else ""), 1)
+        raise RelayError(1, f"{url}: {reason}" + (f"; {hint}" if status in (0, 401) else ""))
 
 
 def serve(_: str) -> None:
@@ -1125,18 +1137,16 @@ def serve(_: str) -> None:
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
     where, tick_s = f"listening on {host} port {listener.getsockname()[1]}", 0.0
     while not signal.sigtimedwait(signals, tick_s) and not spool.error:
-        said, told = server.status.verdict(), sum(spool.rooms.values(), Counts())
+        said, told = server.verdict()[1], sum(spool.rooms.values(), Counts())
         words = f"{said}; {where}; {told['waiting']} waiting, {told['delivered']} delivered"
         if not tick_s:  # it has just begun
-            level = logging.WARNING if "set room_id" in words else logging.INFO
-            log.log(level, "alarmrelay %s: %s", __version__, words)
+            log.info("alarmrelay %s: %s", __version__, words)
             notify("READY=1")
         notify(f"STATUS={words}")
-        now_s = time.monotonic()  # before the wait for a slow disk
-        spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
         tick_s = min(TICK_S, int(os.getenv("WATCHDOG_USEC", 2**32)) / 3e6)
-        if os.getenv("WATCHDOG_USEC") and now_s < min(server.due_s, *(c.due_s for c in couriers)):
+        if time.monotonic() < min(server.due_s, *(courier.due_s for courier in couriers)):
             notify("WATCHDOG=1")  # sd_watchdog_enabled(3)
+        spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
     deadline_s, server.stopping = time.monotonic() + STOP_S, True
     os.close(server.stopper)
     notify("STOPPING=1")
@@ -1146,7 +1156,7 @@ def serve(_: str) -> None:
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))
     if spool.error:
-        raise RelayError(str(spool.error))
+        raise RelayError(74, str(spool.error))
     spool.close()
 
 
@@ -1166,14 +1176,22 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter())
     try:
+        is_set = {"STATE_DIRECTORY", *SETTINGS} & os.environ.keys()
+        if arguments.run in (check, send) and not is_set and Path(ENV_FILE).exists():
+            # As the relay on this host: with its settings and, while it runs, its credentials.
+            words = f"""systemd-run --quiet --pipe --wait --same-dir -p EnvironmentFile={ENV_FILE}
+                -E STATE_DIRECTORY=/var/lib/alarmrelay
+                -E CREDENTIALS_DIRECTORY=/run/credentials/alarmrelay.service {sys.executable}"""
+            return subprocess.run([*words.split(), *sys.argv], check=False).returncode
         for line in arguments.run(re.sub("^-$", "/dev/stdin", arguments.argument)) or ():
             os.write(1, f"{line}\n".encode())  # in UTF-8, whatever the locale
             status |= line.startswith("wrong: ")
-    except (RelayError, OSError) as error:
+    except (RelayError, OSError, sqlite3.Error) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
         notify(f"STATUS={BREAKING.sub('; ', str(error))}")
-        return 1 if arguments.run is check else getattr(error, "exit_status", 74)
+        is_1 = arguments.run is check or isinstance(error, Refused)
+        return 1 if is_1 else getattr(error, "status", 74)
     return status
 
 

@@ -15,8 +15,7 @@ from test_settings import run, run_as_nobody
 from test_tls import make_pair, serving
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
-import alarmrelay
-from alarmrelay import SETTINGS, UNIT, as_installed
+from alarmrelay import SETTINGS, UNIT
 
 TOP = PROGRAM.parent
 
@@ -136,14 +135,29 @@ def test_check_names_the_package_when_there_are_no_time_zones(tmp_path, webex):
     assert "install the package tzdata" in done.stderr
 
 
-def test_settings_of_the_environment_are_not_mixed_with_those_of_the_host(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("own", "is_asked"),
+    [({}, True), ({"room_id": "mine"}, False), ({"STATE_DIRECTORY": "/nonexistent"}, False)],
+)
+def test_one_setting_in_the_environment_and_those_of_the_host_are_not_taken(
+    tmp_path, own, is_asked
+):
     """How those of the host are taken, by systemd itself, is shown in tests/hosts.py."""
-    settings = tmp_path / "alarmrelay.env"
-    monkeypatch.setattr(alarmrelay, "ENV_FILE", str(settings))
-    assert as_installed({"PATH": "/bin"}) == {"PATH": "/bin"}
-    settings.write_text("room_id=installed")
-    for environ in ({"room_id": "mine"}, {"STATE_DIRECTORY": "/tmp"}):
-        assert as_installed(environ) == environ
+    (tmp_path / "alarmrelay.env").write_text("room_id=installed")
+    systemd_run = tmp_path / "systemd-run"
+    systemd_run.write_text("#!/bin/sh\necho systemd-run is asked\nexit 7\n")
+    systemd_run.chmod(0o755)
+    code = f"import alarmrelay; alarmrelay.ENV_FILE = {str(tmp_path / 'alarmrelay.env')!r}; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} raise SystemExit(alarmrelay.main())", "check"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(TOP), **own},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout == "systemd-run is asked\n", done.returncode == 7) == (is_asked, is_asked)
+    assert ("expected" in done.stderr) != is_asked
 
 
 def install(root: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -208,26 +208,6 @@ def test_a_damaged_file_is_moved_aside_and_the_relay_comes_up(tmp_path, webex, d
     assert "Traceback" not in relay.log()
 
 
-@pytest.mark.parametrize("is_there", [True, False], ids=["empty", "missing"])
-def test_a_wal_without_its_database_is_kept_and_said(tmp_path, webex, is_there):
-    webex.fault_for = lambda _: Fault(status=401)
-    relay = Relay(tmp_path, webex.url)
-    path = tmp_path / "state" / "alarmrelay.db"
-    with relay:
-        assert relay.post(numbered(1))[0] == 200
-        relay.kill()
-        path.unlink()
-        if is_there:
-            path.touch()
-        wal = Path(f"{path}-wal").read_bytes()
-        relay.start()
-        assert "the spool is damaged (its -wal stands alone), what waited in it" in relay.log()
-        (aside,) = path.parent.glob("alarmrelay.db.damaged-*-wal")
-        assert aside.read_bytes() == wal
-        assert b"number 1" in wal
-        assert relay.post(numbered(2))[0] == 200
-
-
 class TakesAll:
     """In place of the client for Webex."""
 
@@ -305,7 +285,7 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path):
     before = path.read_bytes()
     done = run(environment(tmp_path, "http://127.0.0.1:9/v1"))
     assert done.returncode == 74
-    assert f"is of a newer relay, version {len(MIGRATIONS) + 1}: install that" in done.stderr
+    assert f"is of a newer relay, version {len(MIGRATIONS) + 1}: use that" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert path.read_bytes() == before
 

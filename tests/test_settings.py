@@ -23,7 +23,7 @@ GOOD = {
 def problems(**changes: str) -> list[str]:
     with pytest.raises(RelayError) as caught:
         read_settings({**GOOD, **changes})
-    assert caught.value.exit_status == 78
+    assert caught.value.status == 78
     return str(caught.value).splitlines()
 
 

@@ -183,7 +183,7 @@ def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypat
     with pytest.raises(Refused) as caught:
         spool.store(*posted("4"))
     assert caught.value.status == 503
-    assert "Retry-After" in caught.value.headers
+    assert "Retry-After" in caught.value.fields
     assert spool.refusal().status == 503
     spool.set_delivered("/", "m", 1, spool.oldest_waiting("/", [])[0][0])
     assert list(spool.store(*posted("4"))) == [4]

@@ -1,18 +1,23 @@
-"""What systemd and whoever watches are told: STATUS=, /healthz and who may see /metrics."""
+"""What systemd and whoever watches are told: STATUS=, /healthz and the page; who may see what."""
 
 from __future__ import annotations
 
 import json
 import re
 import threading
+import time
 from datetime import datetime, timedelta
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from harness import Relay, basic
+from harness import PAYLOADS, Relay, basic
+from test_door import status_of
 from webex_standin import Fault, WebexStandIn
+
+from alarmrelay import Alarm
 
 OPS, NOC = "room-of-operations", "room-of-the-noc"
 FAST = dict.fromkeys(("TICK_S", "HOLD_S", "PAUSE_MIN_S", "RETRY_S"), 0.05)
@@ -27,6 +32,45 @@ def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[i
     text = response.read().decode()
     client.close()
     return response.status, response.headers, text
+
+
+class Page(HTMLParser):
+    """What the status page of a relay shows."""
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.h1: list[str] = []  # its class and its text
+        self.rows: dict[str, list[list[str]]] = {}  # by the table's class; class and cells of each
+        self.place: list[str] = []  # where text goes
+        status, self.headers, self.text = get(relay, "/")
+        assert status == 200
+        self.feed(self.text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        if tag == "table":
+            self.table = self.rows.setdefault(found["class"], [])
+        elif tag == "tr":
+            self.table.append([found.get("class") or ""])
+        elif tag in ("h1", "td"):
+            self.place = self.h1 if tag == "h1" else self.table[-1]
+            self.place += [found["class"], ""] if tag == "h1" else [""]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.place = []
+
+    def handle_data(self, data: str) -> None:
+        if self.place:
+            self.place[-1] += data
+
+
+def sentence(said: str) -> str:
+    """Return what a status says, without its countdown."""
+    said = said.replace("STATUS=", "").partition("; listening on ")[0]
+    return re.sub(r"again in \d+ s", "again", said)
 
 
 def three_rooms(webex: WebexStandIn) -> dict[str, str]:
@@ -46,36 +90,42 @@ def later(folder: Path, hours: float) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def test_metrics_need_credentials_and_health_does_not(relay):
+def test_metrics_and_page_need_credentials_and_health_does_not(relay):
     for wrong in ({"X": "none"}, {"Authorization": basic(password="wrong")}):
-        status, headers, text = get(relay, "/metrics", **wrong)
-        assert (status, headers["WWW-Authenticate"].split()[0]) == (401, "Basic")
-        assert json.loads(text)["error"].endswith("credentials")
+        for path in ("/metrics", "/"):
+            status, headers, text = get(relay, path, **wrong)
+            assert (status, headers["WWW-Authenticate"].split()[0]) == (401, "Basic")
+            assert json.loads(text)["error"].endswith("credentials")
     assert get(relay, "/healthz", X="none")[::2] == (200, '{"status": "ok"}')
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "BREW"])
-def test_another_method_is_told_which_is_allowed(relay, method):
-    for path in ("/metrics", "/healthz"):
-        status, headers, _ = get(relay, path, method)
-        assert (status, headers["Allow"]) == (405, "GET")
+ALLOWED = {"/": "GET, POST", "/ops": "POST", "/metrics": "GET", "/healthz": "GET"}
 
 
-REASONS = {  # what Webex does, the words, what to do
-    "401": (Fault(status=401), "refuses the token", "replace bearer_token and restart"),
-    "403": (Fault(status=403), "refuses the bot", "the bot must be a member of .*"),
-    "404": (Fault(status=404), "has no such room", "check room_id .*"),
-    "400": (Fault(status=400), "refuses the message", "check room_id; .*"),
-    "409": (Fault(status=409), "fails", ""),
-    "429": (PAUSED, "limits the bot", ""),
-    "503": (Fault(status=503), "fails", ""),
-    "no answer": (Fault(reset_before=True), "does not answer", "check network, .*"),
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "BREW"])
+def test_another_method_is_told_which_is_allowed(tmp_path, webex, method):
+    with Relay(tmp_path, webex.url, **three_rooms(webex)) as relay:
+        for path, allowed in ALLOWED.items():
+            if method not in allowed.split(", "):
+                status, headers, _ = get(relay, path, method)
+                assert (status, headers["Allow"]) == (405, allowed)
+
+
+REASONS = {  # what Webex does, the words, what to do, the class on the page
+    "401": (Fault(status=401), "refuses the token", "replace bearer_token and restart", "bad"),
+    "403": (Fault(status=403), "refuses the bot", "the bot must be a member of .*", "bad"),
+    "404": (Fault(status=404), "has no such room", "check room_id .*", "bad"),
+    "400": (Fault(status=400), "refuses the message", "check room_id; .*", "bad"),
+    "409": (Fault(status=409), "fails", "", "bad"),
+    "429": (PAUSED, "limits the bot", "", "late"),
+    "503": (Fault(status=503), "fails", "", "late"),
+    "no answer": (Fault(reset_before=True), "does not answer", "check network, .*", "late"),
 }
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_the_status_says_why_alarms_wait_and_what_to_do(tmp_path, webex, case):
-    fault, words, advice = REASONS[case]
+def test_status_and_page_say_why_alarms_wait_and_what_to_do(tmp_path, webex, case):
+    fault, words, advice, kind = REASONS[case]
     webex.fault_for, zone = lambda _: fault, ZoneInfo("Asia/Kathmandu")
     with Relay(tmp_path, webex.url, time_zone=zone.key) as relay:
         before = datetime.now(zone)
@@ -91,21 +141,27 @@ def test_the_status_says_why_alarms_wait_and_what_to_do(tmp_path, webex, case):
         match = re.fullmatch(form, said)
         assert match, said
         assert (int(match[2]) > 60) == (case == "429")
+        assert (shown := Page(relay).h1)[0] == kind
+        assert sentence(shown[1]) == sentence(said)
 
 
-def test_the_status_turns_with_the_state(tmp_path, webex):
+def test_status_and_page_turn_with_the_state(tmp_path, webex):
     release, again = threading.Event(), threading.Event()
     good = "STATUS=All alarms are in the room; listening on "
     with Relay(tmp_path, webex.url, limits=FAST) as relay:
         assert relay.told("STATUS=").startswith(good)
+        assert Page(relay).h1 == ["good", "All alarms are in the room"]
         webex.faults.append(Fault(hold=release, status=401))
         webex.faults.append(Fault(hold=again, take=True, status=200))
         relay.post({"message": "x"})
         assert relay.told("STATUS=1 alarm waits").startswith("STATUS=1 alarm waits; listening on ")
+        assert Page(relay).h1 == ["late", "1 alarm waits"]
         release.set()
         assert relay.told("STATUS=1 alarm waits: Webex refuses the token (401 ")
+        assert Page(relay).h1[0] == "bad"
         again.set()
         assert relay.told("0 waiting, 1 delivered").startswith(good)
+        assert Page(relay).h1[0] == "good"
 
 
 def test_since_is_of_this_trouble_and_not_of_one_before(tmp_path, webex):
@@ -149,6 +205,8 @@ def test_status_and_health_say_that_new_alarms_are_refused(tmp_path, webex, limi
         while waiting not in said:
             said = relay.told("STATUS=")
         assert statuses[2] == 503
+        assert (shown := Page(relay).h1)[0] == "bad"
+        assert shown[1].startswith(f"New alarms are refused: {words}")
         status, headers, text = get(relay, "/healthz", X="none")
         assert (status, headers["Retry-After"]) == (503, "30")
         assert words in json.loads(text)["error"]
@@ -165,6 +223,7 @@ def test_alarms_of_a_room_without_a_setting_are_missed(tmp_path, webex):
     with Relay(tmp_path, webex.url, **later(tmp_path, 13)) as relay:
         said = relay.told("STATUS=")
         assert said.startswith("STATUS=1 alarm waits for room /ops: set room_id_ops; listening on ")
+        assert Page(relay).h1 == ["bad", sentence(said)]
         text = get(relay, "/metrics")[2]
         assert 'alarms_waiting{room="/ops"} 1\n' in text
         (waited_s,) = re.findall(r'oldest_waiting_seconds{room="/ops"} (\S+)', text)
@@ -201,19 +260,197 @@ def begin(spool, directory, begin=alarmrelay.Spool.__init__):
     begin(spool, directory)
     spool._lock = Noting(spool._lock)
     spool._db.set_trace_callback(lambda sql: note("SQL"))
-def respond(handler, respond=alarmrelay.Handler.respond):
+def respond(handler, respond=alarmrelay.Handler._respond):
     threading.current_thread().name = f"{handler.command} {handler.path}"
     return respond(handler)
-alarmrelay.Spool.__init__, alarmrelay.Handler.respond = begin, respond
+alarmrelay.Spool.__init__, alarmrelay.Handler._respond = begin, respond
 """
 
 
-def test_metrics_need_neither_the_database_nor_a_lock(tmp_path, webex):
+def test_metrics_and_page_need_neither_the_database_nor_a_lock(tmp_path, webex):
     with Relay(tmp_path, webex.url, limits={"TICK_S": 60}, fault=NOTES) as relay:
         relay.post([{"message": f"number {number}"} for number in range(200)])
         webex.wait_for(lambda: len(webex.alarms()) == 200)
-        assert {get(relay, path)[0] for path in ("/metrics", "/healthz")} == {200}
+        assert {get(relay, path)[0] for path in ("/metrics", "/healthz", "/")} == {200}
         log = relay.log()
     for kind in ("lock", "SQL"):
         assert f"('{kind}',) for POST /" in log
         assert f"('{kind}',) for GET " not in log
+
+
+def test_the_page_is_one_document_that_nobody_keeps(relay):
+    page = Page(relay)
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; style-src ")
+    assert page.headers["Cache-Control"] == "no-store"
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    assert page.text.lower().startswith("<!doctype html>")
+    metas = [attributes for tag, attributes in page.tags if tag == "meta"]
+    assert {"http-equiv": "refresh", "content": "10"} in metas
+    assert "viewport" in [meta.get("name") for meta in metas]
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert [name for name in names if name in ("src", "href") or name.startswith("on")] == []
+    assert not re.search(r"url\(|@import", page.text)
+
+
+def test_the_page_tells_of_each_room_also_after_a_restart(tmp_path, webex):
+    webex.fault_for = lambda request: PAUSED if request["content"]["roomId"] == OPS else None
+    zone = ZoneInfo("Asia/Kathmandu")
+    settings = {**three_rooms(webex), **later(tmp_path, 0), "time_zone": zone.key}
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        before_ms = int(time.time() * 1000)
+        relay.post([{"message": "x"}, {"message": "y"}, {"message": "z"}])
+        relay.wait_for_log(" delivered: ", 3)
+        after_ms = int(time.time() * 1000)
+        relay.post([{"message": "x"}, {"message": "y"}], "/ops")
+        relay.told("limits the bot (429 ")
+        assert Page(relay).rows["rooms"][2][1:3] == ["/ops", "2 waiting"]
+        for hours, words in ((0.01, "36 s"), (0.25, "15 min"), (3, "3 h")):
+            later(tmp_path, hours)
+            shown = Page(relay).rows["rooms"]
+            assert words.split()[1] == shown[2][3].split()[2]
+            assert 0 <= int(shown[2][3].split()[1]) - int(words.split()[0]) < 60
+    times = {Alarm({}, ms).time(zone) for ms in (*range(before_ms, after_ms, 1000), after_ms)}
+    assert shown[0][4] in [f"last delivered: {moment}" for moment in times]
+    none = ["last delivered: none in 24 h", "0 delivered in 24 h"]
+    assert [row[1:] for row in shown] == [
+        ["/", "0 waiting", "", shown[0][4], "3 delivered in 24 h"],
+        ["/noc", "0 waiting", "", *none],
+        ["/ops", "2 waiting", "oldest 3 h", *none],
+    ]
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        assert Page(relay).rows["rooms"] == shown
+
+
+def test_what_was_delivered_a_day_ago_drops_out(tmp_path, webex):
+    def day() -> str:
+        return Page(relay).rows["rooms"][0][-1]
+
+    with Relay(tmp_path, webex.url, **later(tmp_path, 0)) as relay:
+        relay.post([{"message": "x"}, {"message": "y"}])
+        relay.wait_for_log(" delivered: ", 2)
+        for hours, number in ((22, 2), (25, 0)):
+            later(tmp_path, hours)
+            assert day() == f"{number} delivered in 24 h"
+        relay.post({"message": "z"})
+        relay.wait_for_log(" delivered: ", 3)
+        assert day() == "1 delivered in 24 h"
+    for hours, number in ((25, 1), (47, 1), (50, 0)):
+        with Relay(tmp_path, webex.url, **later(tmp_path, hours)) as relay:
+            assert day() == f"{number} delivered in 24 h"
+            assert Page(relay).rows["rooms"][0][-2].endswith("none in 24 h") == (not number)
+
+
+SAMPLE = json.loads((PAYLOADS / "system_reboot_issued.json").read_bytes())
+SHOWN = {  # an alarm's fields besides the sample's, and the cells that differ from its
+    "as it is": ({}, {}),
+    "cleared": ({"active": False, "severity": "Medium"}, {"severity": "✅ cleared (Medium)"}),
+    "of no known severity": ({"severity": "Odd"}, {"severity": "⚪ Odd"}),
+    "without a name": ({"rule_name_display": None, "rulename": "a-b"}, {"rule": "a-b"}),
+    "markdown": ({"message": "**a** [b](c) _d_ `e` \\"}, {"message": "**a** [b](c) _d_ `e` \\"}),
+    "markup": ({"message": "<b>&lt;\"'</b>&"}, {"message": "<b>&lt;\"'</b>&"}),
+    "lines": ({"message": "a\nb\x1b[c\u202ed\x00e"}, {"message": "a b [c d e"}),
+    "no text": ({"message": {"a": [None, 1]}}, {"message": '{"a": [null, 1]}'}),
+    "an address": ({"values_short_display": [{"system-ip": "10.1.0.1"}]}, {"device": "10.1.0.1"}),
+    "a site": ({"values_short_display": {"site-id": 100, "x": "y"}}, {"device": "100"}),
+    "no device": ({"values_short_display": [{"x": "y"}]}, {"device": ""}),
+}
+
+
+def test_the_page_shows_alarms_as_people_read_them(relay):
+    sample = {"time": "Sat Jan 18 05:57:01 2020 CET", "severity": "🔴 Critical"}
+    sample |= {"rule": "System_Reboot_Issued", "message": "The device rebooted"}
+    sample |= {"device": "DC1-VEDGE1"}
+    relay.post([{**SAMPLE, **changes} for changes, _ in SHOWN.values()])
+    relay.wait_for_log(" delivered: ", len(SHOWN))
+    rows = Page(relay).rows["alarms"][::-1]
+    assert [row[:-1] for row in rows] == [
+        ["delivered", *{**sample, **cells}.values()] for _, cells in SHOWN.values()
+    ]
+    assert [row for row in rows if not re.fullmatch(r"delivered after \d+\.\d s", row[-1])] == []
+
+
+def test_the_page_tells_waiting_delivered_and_duplicate_alarms_apart(tmp_path, webex):
+    webex.fault_for = lambda request: PAUSED if request["content"]["roomId"] == OPS else None
+    settings = three_rooms(webex)
+
+    def states() -> list[tuple[str, str, str]]:  # newest first: class, message, state
+        rows = Page(relay).rows["alarms"]
+        return [(row[0], row[4], row[-1].partition(" after ")[0]) for row in rows]
+
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        relay.post({"message": "a"})
+        relay.wait_for_log(" delivered: ")
+        relay.post({"message": "b"}, "/ops")
+        relay.post({"message": "a"})
+        first, *others = states()
+        assert first == ("duplicate", "a", "duplicate")
+        assert others == [("waiting", "b", "waiting"), ("delivered", "a", "delivered")]
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        assert states() == others
+    webex.fault_for = lambda _: None
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        relay.wait_for_log(" delivered: ", 2)
+        assert states() == [("delivered", "b", "delivered"), ("delivered", "a", "delivered")]
+
+
+def test_the_page_shows_the_newest_50_alarms_also_after_a_restart(tmp_path, webex):
+    webex.fault_for, settings = lambda _: PAUSED, three_rooms(webex)
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        for start in range(0, 60, 5):
+            body = [{"message": f"number {number}"} for number in range(start, start + 5)]
+            relay.post(body, "/ops" if start % 2 else "/")
+        rows = Page(relay).rows["alarms"]
+    assert [row[4] for row in rows] == [f"number {number}" for number in range(59, 9, -1)]
+    with Relay(tmp_path, webex.url, **settings) as relay:
+        assert Page(relay).rows["alarms"] == rows
+
+
+@pytest.mark.parametrize("text", ["&<>\"'", "🔴"])
+@pytest.mark.parametrize("size", [4_000, 600_000])
+def test_the_page_stays_small_whatever_the_alarms_and_webex_say(tmp_path, webex, text, size):
+    long = text * (size // len(text.encode()))
+    alarm = dict.fromkeys(("rule_name_display", "message", "severity", "receive_time"), long)
+    alarm["values_short_display"] = {"host-name": long}
+    answer = json.dumps({"message": long, "trackingId": long}).encode()
+    webex.fault_for = lambda _: Fault(status=401, body=answer)
+    with Relay(tmp_path, webex.url) as relay:
+        for number in range(50 if size < 10_000 else 5):
+            body = json.dumps({"uuid": number, **alarm}, ensure_ascii=False).encode()
+            assert relay.post(body)[0] == 200
+        said = relay.told("refuses the token (401 ")
+        page = Page(relay)
+    assert len(page.text.encode()) < 50_000
+    assert sentence(page.h1[1]).partition(": ")[2] == sentence(said).partition(": ")[2]
+    assert page.h1[1].endswith("; replace bearer_token and restart")
+    assert [len(row) for row in page.rows["alarms"]] == [7] * (50 if size < 10_000 else 0)
+
+
+def test_large_alarms_do_not_stay_in_memory(relay):
+    def post(number: int) -> None:
+        body = {"message": f"number {number}", "values": {"x": "y" * 3_000_000}}
+        assert relay.post(body)[0] == 200
+        relay.wait_for_log(" delivered: ", number + 1)
+
+    post(0)
+    before_kib = status_of(relay, "VmRSS")
+    for number in range(1, 26):
+        post(number)
+    relay.post({"message": "small"})
+    relay.wait_for_log(" delivered: ", 27)
+    assert [row[4] for row in Page(relay).rows["alarms"]] == ["small"]
+    assert status_of(relay, "VmRSS") < before_kib + 40_000
+
+
+def test_a_clock_that_is_set_back_makes_nothing_on_the_page_negative(tmp_path, webex):
+    release = threading.Event()
+    webex.faults.append(Fault(hold=release, take=True, status=200))
+    with Relay(tmp_path, webex.url, **later(tmp_path, 0)) as relay:
+        relay.post({"message": "x"})
+        webex.wait_for(lambda: webex.requests)
+        later(tmp_path, -1)
+        assert Page(relay).rows["rooms"][0][3] == "oldest 0 s"
+        release.set()
+        relay.wait_for_log(" delivered: ")
+        assert Page(relay).rows["alarms"][0][-1] == "delivered after 0.0 s"

@@ -156,7 +156,9 @@ def test_tls_on_the_plain_port_is_told_apart(tmp_path, webex):
     with Relay(tmp_path, webex.url) as relay:
         with pytest.raises(ssl.SSLError):
             post(relay, ssl.create_default_context())
-        assert "refused: 400 this is TLS: begin the URL with http://" in relay.log()
+        assert (
+            "refused: 400 the header cannot be read; for https, set tls_certificate" in relay.log()
+        )
 
 
 def test_who_is_late_over_tls_is_told_and_who_is_idle_gets_a_goodbye(tmp_path, webex, pair):

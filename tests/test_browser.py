@@ -1,0 +1,290 @@
+"""The status page in a browser: what is seen of it, and that alarm text stays text."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import urllib.parse
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from harness import PASSWORD, PAYLOADS, USERNAME, Relay
+from test_status import OPS, PAUSED, sentence, three_rooms
+from webex_standin import WebexStandIn
+
+CHROMIUM = shutil.which("chromium") or ""
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+SCREENSHOTS = Path(__file__).resolve().parent / "screenshots"
+SIZES = {1280: 900, 390: 844}  # widths and heights, of a desk and of a phone
+HOSTILE = """<script>document.title="x"</script><img src=x onerror='document.title="y"'>"""
+ALARMS = [json.loads(path.read_bytes()) for path in sorted(PAYLOADS.glob("*.json"))]
+ALARMS.append({**ALARMS[-1], "message": HOSTILE, "rule_name_display": HOSTILE})
+LOOK = """(() => {
+  const probe = document.body.appendChild(document.createElement("i"));
+  probe.style.backgroundColor = "Canvas";
+  const canvas = getComputedStyle(probe).backgroundColor;
+  probe.remove();
+  const look = element => {
+    const styles = [];
+    for (let at = element; at; at = at.parentElement) styles.unshift(getComputedStyle(at));
+    const layers = styles.map(style => [style.backgroundColor, Number(style.opacity)]);
+    const {color} = getComputedStyle(element);
+    return {kind: element.className, text: element.innerText, color, canvas, layers};
+  };
+  const all = selector => [...document.querySelectorAll(selector)];
+  return {
+    title: document.title, width: document.documentElement.scrollWidth,
+    active: all("script, img, link, iframe, object").length,
+    refresh: all("meta[http-equiv=refresh]").map(meta => meta.content),
+    h1: all("h1").map(look), cells: all("td").map(look),
+    rows: all(".alarms tr").map(row => [row.className, ...[...row.cells].map(c => c.innerText)]),
+  };
+})()"""
+
+
+class Browser:
+    """Headless Chromium, which takes commands from a pipe; chromedevtools.github.io."""
+
+    def __init__(self, profile: Path) -> None:
+        flags = ["--headless", "--no-sandbox", "--remote-debugging-pipe", "--hide-scrollbars"]
+        command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >&2', "sh", CHROMIUM, *flags]
+        self.process = subprocess.Popen(
+            [*command, f"--user-data-dir={profile}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self.numbers, self.left, self.session = itertools.count(1), b"", {}
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")
+        self.session = self.call("Target.attachToTarget", **target, flatten=True)
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        self.session = {}
+        self.call("Browser.close")
+        self.process.communicate(timeout=30)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Give a command and return its result."""
+        number = next(self.numbers)
+        command = {"id": number, "method": method, "params": parameters, **self.session}
+        os.write(self.process.stdin.fileno(), json.dumps(command).encode() + b"\0")
+        answer = self.wait_for(lambda message: message.get("id") == number)
+        assert "result" in answer, f"{method}: {answer}"
+        return answer["result"]
+
+    def wait_for(self, is_it: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return the first message that is it; those before it are events."""
+        while True:
+            while b"\0" not in self.left:
+                assert select.select([self.process.stdout], [], [], 60)[0], "chromium is silent"
+                block = os.read(self.process.stdout.fileno(), 2**20)
+                assert block, "chromium has ended"
+                self.left += block
+            text, _, self.left = self.left.partition(b"\0")
+            if is_it(message := json.loads(text)):
+                return message
+            self.events.append(message)
+
+    def load(self, url: str) -> None:
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        self.wait_for(lambda message: message.get("method") == "Page.loadEventFired")
+        self.call("Page.stopLoading")  # it is not to refresh itself meanwhile
+
+    def look(self, width: int, scheme: str, picture: Path) -> dict[str, Any]:
+        """Return what LOOK finds at this width in light or dark, and take a picture."""
+        size = {"width": width, "height": SIZES[width], "deviceScaleFactor": 1}
+        self.call("Emulation.setDeviceMetricsOverride", **size, mobile=width < 600)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        picture.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+        found = self.call("Runtime.evaluate", expression=LOOK, returnByValue=True)
+        return found["result"]["value"]
+
+
+@dataclasses.dataclass
+class View:
+    """A state's page as the browser showed it."""
+
+    state: str
+    url: str
+    said: str  # to systemd
+    looks: dict[tuple[int, str], dict[str, Any]]  # by width and colour scheme
+    events: list[dict[str, Any]]
+
+    def of(self, method: str) -> list[dict[str, Any]]:
+        return [event["params"] for event in self.events if event.get("method") == method]
+
+
+def healthy(relay: Relay, webex: WebexStandIn) -> str:
+    relay.post(ALARMS)
+    relay.post(ALARMS[:4], "/ops")
+    relay.post(ALARMS[:4], "/ops")
+    relay.wait_for_log(" delivered: ", len(ALARMS) + 4)
+    return relay.told(f"0 waiting, {len(ALARMS) + 4} delivered")
+
+
+def held(relay: Relay, webex: WebexStandIn) -> str:
+    relay.post(ALARMS[:-3])
+    relay.wait_for_log(" delivered: ", len(ALARMS) - 3)
+    webex.token = "another"
+    relay.post(ALARMS[-3:])
+    return relay.told("refuses the token (401 ")
+
+
+def storm(relay: Relay, webex: WebexStandIn) -> str:
+    webex.fault_for = lambda request: PAUSED if request["content"]["roomId"] != OPS else None
+    for number in range(12):
+        relay.post([{**alarm, "uuid": f"storm {number}"} for alarm in ALARMS])
+    return relay.told(f"{12 * len(ALARMS)} alarms wait for room /: Webex limits the bot (429 ")
+
+
+STATES = {"healthy": healthy, "held": held, "storm": storm}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module", params=STATES)
+def view(request, browser, tmp_path_factory):
+    SCREENSHOTS.mkdir(exist_ok=True)
+    state, looks = request.param, {}
+    with WebexStandIn() as webex:
+        folder, rooms = tmp_path_factory.mktemp(state), three_rooms(webex)
+        with Relay(folder, webex.url, **rooms) as relay:
+            said = STATES[state](relay, webex)
+            url = f"127.0.0.1:{relay.port}/"
+            browser.load(f"http://{USERNAME}:{urllib.parse.quote(PASSWORD)}@{url}")
+            for width, scheme in itertools.product(SIZES, ("light", "dark")):
+                picture = SCREENSHOTS / f"{state}-{width}-{scheme}.png"
+                picture.unlink(missing_ok=True)
+                looks[width, scheme] = browser.look(width, scheme, picture)
+    return View(state, f"http://{url}", said, looks, [*browser.events])
+
+
+Color = tuple[float, ...]  # red, green, blue, from 0 to 1; of what is laid over others, alpha
+
+
+def parse_color(text: str) -> Color:
+    match = re.fullmatch(r"rgba?\((\d+), (\d+), (\d+)(?:, ([\d.]+))?\)", text)
+    assert match, text
+    return (*(int(number) / 255 for number in match.groups()[:3]), float(match[4] or 1))
+
+
+def mix(upper: Color, lower: Color, part: float) -> Color:
+    return tuple(part * a + (1 - part) * b for a, b in zip(upper, lower))
+
+
+def over(upper: str, lower: Color) -> Color:
+    *color, alpha = parse_color(upper)
+    return mix(tuple(color), lower, alpha)
+
+
+def painted(element: dict[str, Any], ink: str) -> Color:
+    """Return the colour that is seen where this ink is on the element."""
+
+    def paint(layers: list[Any], below: Color) -> Color:
+        if not layers:
+            return over(ink, below)
+        (background, opacity), *inner = layers
+        return mix(paint(inner, over(background, below)), below, opacity)
+
+    return paint(element["layers"], parse_color(element["canvas"])[:3])
+
+
+def luminance(color: Color) -> float:
+    """Return it as in WCAG 2, from 0 to 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+    return sum(c * weight for c, weight in zip(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def text_and_ground(element: dict[str, Any]) -> tuple[float, float]:
+    """Return how bright an element's text is, and what is behind it."""
+    inks = element["color"], "rgba(0, 0, 0, 0)"
+    text, ground = (luminance(painted(element, ink)) for ink in inks)
+    return text, ground
+
+
+def test_the_verdict_is_at_the_top_in_words_and_colour(view):
+    kinds = {"healthy": "good", "held": "bad", "storm": "late"}
+    for look in view.looks.values():
+        (h1,) = look["h1"]
+        assert h1["kind"] == kinds[view.state]
+        assert sentence(h1["text"]) == sentence(view.said)
+
+
+def test_the_newest_alarms_are_shown_with_their_state(view):
+    states = {"healthy": ["duplicate"] * 4 + ["delivered"] * 4, "held": ["waiting"] * 3}
+    expected = states.get(view.state, ["waiting"] * 50)
+    for look in view.looks.values():
+        rows = look["rows"]
+        assert [row[0] for row in rows[: len(expected)]] == expected
+        assert {row[-1].partition(" after ")[0] == row[0] for row in rows} == {True}
+        assert {len(row) for row in rows} == {7}
+
+
+def test_nothing_has_to_be_scrolled_sideways(view):
+    for (width, _), look in view.looks.items():
+        assert look["width"] <= width
+
+
+def test_all_text_can_be_read_in_light_and_dark(view):
+    for look in view.looks.values():
+        for element in look["h1"] + look["cells"]:
+            bright, dark = sorted(text_and_ground(element), reverse=True)
+            assert (bright + 0.05) / (dark + 0.05) >= 4.5, element
+
+
+def test_the_page_is_dark_where_that_is_preferred(view):
+    for width in SIZES:
+        light, dark = (view.looks[width, scheme]["cells"] for scheme in ("light", "dark"))
+        for one, other in zip(light, dark):
+            (text, ground), (dark_text, dark_ground) = map(text_and_ground, (one, other))
+            assert text < dark_text
+            assert ground > 0.5 > dark_ground
+
+
+def test_alarm_text_is_shown_and_does_nothing(view):
+    for look in view.looks.values():
+        assert look["active"] == 0
+        assert look["title"] not in ("x", "y")
+        row = next(row for row in look["rows"] if row[4].startswith("<script>"))
+        assert HOSTILE.startswith(row[4])
+        assert "<img src=x" in row[4]
+
+
+def test_no_request_leaves_but_for_the_page(view):
+    urls = [event["request"]["url"] for event in view.of("Network.requestWillBeSent")]
+    asked = {re.sub("//.*@", "//", url) for url in urls}
+    assert asked - {f"{view.url}favicon.ico"} == {view.url}
+
+
+def test_the_browser_has_nothing_to_complain_of(view):
+    kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+    assert [event for kind in kinds for event in view.of(kind)] == []
+
+
+def test_the_page_refreshes_itself_every_10_seconds(view):
+    assert {tuple(look["refresh"]) for look in view.looks.values()} == {("10",)}
+
+
+def test_a_picture_of_each_width_and_colour_scheme_is_there_to_be_looked_at(view):
+    for width, scheme in view.looks:
+        picture = (SCREENSHOTS / f"{view.state}-{width}-{scheme}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert int.from_bytes(picture[16:20], "big") == width
