@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import concurrent.futures
 import email.utils
 import hashlib
 import html
@@ -41,7 +40,6 @@ import uuid
 import zoneinfo
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -178,12 +176,12 @@ def show(value: object) -> str:  # as text that Webex shows literally
     return html.escape(text, quote=False)
 
 
-@dataclass
 class Alarm:
-    fields: dict[str, Any]
-    received_ms: int  # by this host's clock, epoch milliseconds
-    spool_id: int = 0  # none of a duplicate
-    delivered_ms: int | None = None
+    def __init__(
+        self, fields: dict[str, Any], received_ms: int, spool_id: int = 0, delivered_ms: int = 0
+    ) -> None:
+        self.fields, self.received_ms = fields, received_ms  # by this host's clock, epoch ms
+        self.spool_id, self.delivered_ms = spool_id, delivered_ms  # 0: not stored; not delivered
 
     def name(self) -> str:
         """Return the rule's name as people know it."""
@@ -261,7 +259,8 @@ def parse_alarms(body: bytes, received_ms: int) -> list[Alarm]:
     try:
         content = DECODER.decode(body.decode(json.detect_encoding(body), "replace"))
         alarms = content if isinstance(content, list) and content else [content]
-        DECODER.decode("[" * 99 + json.dumps(alarms) + "]" * 99)  # not too deep to be shown
+        if body.count(b"[") + body.count(b"{") > 99:
+            DECODER.decode("[" * 99 + json.dumps(alarms) + "]" * 99)  # not too deep to be shown
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is empty or no JSON that can be read: {error}") from error
     if not all(isinstance(alarm, dict) for alarm in alarms) or len(alarms) > ALARMS:
@@ -329,7 +328,7 @@ DELETE = "DELETE FROM alarm WHERE id IN (SELECT id FROM alarm WHERE delivered_ms
 class Spool:
     def __init__(self, directory: Path) -> None:
         self._lock = threading.RLock()  # guards the connection and all below
-        self._posted = collections.deque[Any]()  # what store() is called with, and a future
+        self._posted = collections.deque[Any]()  # what store() is called with, and its outcome
         self._unrecorded: dict[int, Any] = {}  # by id; deliveries, when the disk is full
         self.error: Refused | None = None  # what broke it
         self._path = directory / "alarmrelay.db"
@@ -371,12 +370,11 @@ class Spool:
 
     def refusal(self) -> Refused | None:
         """Return why no alarm can be stored now, if so."""
-        full = f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}"
-        if self.error or shutil.disk_usage(self._path.parent).free < FREE_BYTES:
-            return self.error or Refused(503, full, **RETRY)
-        if sum(room["waiting"] for room in [*self.rooms.values()]) < WAITING_ALARMS:
-            return None
-        return Refused(503, "too many alarms wait for Webex", **RETRY)
+        waiting = sum(room["waiting"] for room in [*self.rooms.values()])
+        found = "too many alarms wait for Webex" if waiting >= WAITING_ALARMS else ""
+        if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
+            found = f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}"
+        return self.error or (Refused(503, found, **RETRY) if found else None)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -401,35 +399,39 @@ class Spool:
 
     def store(self, room: str, request: bytes, alarms: Sequence[Alarm]) -> list[int]:
         """Put the alarms of a request (its hash) on disk; return their ids; raise Refused."""
-        if refused := self.refusal():
-            raise refused
         rows = [(room, request, alarm.received_ms, json.dumps(alarm.fields)) for alarm in alarms]
-        stored = concurrent.futures.Future[list[int]]()
+        outcome = list[Any]()  # the ids, or why there are none
         # Whoever gets the lock first commits for all that came during the commit before. Queued
         # before the lock is taken, so that who finds the queue empty under the lock is on disk.
-        self._posted.append((stored, room, alarms, rows))
+        self._posted.append((outcome, room, alarms, rows))
         with self._lock:
-            if stored.done():
-                return stored.result()
-            batch = [self._posted.popleft() for _ in range(len(self._posted))]
-            try:
-                with self._transaction() as db:
-                    for *_, alarms, rows in batch:
-                        known = db.execute(FIND_REQUEST, (*rows[0], DUPLICATE_MS)).fetchone()
-                        for alarm, row in zip(alarms, [] if known else rows):
-                            alarm.spool_id = db.execute(INSERT, row).lastrowid or 0
-                for future, room, alarms, rows in batch:
-                    ids = [alarm.spool_id for alarm in alarms if alarm.spool_id]
-                    future.set_result(ids)
-                    kind, told = "accepted" if ids else "duplicates", self.rooms[room]
-                    oldest_ms = told["oldest_ms"] if told["waiting"] else alarms[0].received_ms
-                    self.count(room, {kind: len(alarms), "waiting": len(ids)}, oldest_ms=oldest_ms)
-                    small = (a for a, row in zip(alarms, rows) if len(row[-1]) < LARGE_BYTES)
-                    self.newest.extendleft(small)
-            except Refused as refusal:
-                for future, *_ in batch:
-                    future.set_exception(refusal)
-        return stored.result(0)
+            if not outcome:
+                self._commit([self._posted.popleft() for _ in range(len(self._posted))])
+        if isinstance(outcome[0], Refused):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    def _commit(self, batch: Sequence[Any]) -> None:  # what store() has queued
+        try:
+            if refused := self.refusal():
+                raise refused
+            with self._transaction() as db:
+                for *_, alarms, rows in batch:
+                    known = db.execute(FIND_REQUEST, (*rows[0], DUPLICATE_MS)).fetchone()
+                    for alarm, row in zip(alarms, [] if known else rows):
+                        alarm.spool_id = db.execute(INSERT, row).lastrowid or 0
+        except Refused as refusal:
+            for outcome, *_ in batch:
+                outcome.append(refusal)
+            return
+        for outcome, room, alarms, rows in batch:
+            ids = [alarm.spool_id for alarm in alarms if alarm.spool_id]
+            outcome.append(ids)
+            kind, told = "accepted" if ids else "duplicates", self.rooms[room]
+            oldest_ms = told["oldest_ms"] if told["waiting"] else alarms[0].received_ms
+            self.count(room, {kind: len(alarms), "waiting": len(ids)}, oldest_ms=oldest_ms)
+            small = (a for a, row in zip(alarms, rows) if len(row[-1]) < LARGE_BYTES)
+            self.newest.extendleft(small)
 
     def count(self, room: str, changes: Mapping[str, int], **others: int) -> None:
         """Add changes to what is told of a room, and set others."""
@@ -562,20 +564,21 @@ class Reply(http.client.HTTPResponse):
 
 class Client(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def __init__(self, url: str, authorization: str) -> None:
-        self.tls, self._url = ssl.create_default_context(), url
+        self.tls, self._url = ssl.create_default_context(), url.rstrip("/")
         super().__init__(context=self.tls)
+        # No handler follows redirects: urllib's would send the token to the other host, by GET.
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(self)
+        if url.startswith("https:"):  # plain http only goes to a loopback address
+            self._opener.add_handler(urllib.request.ProxyHandler())
         self._headers = {"Content-Type": "application/json", "Authorization": authorization}
 
     def ask(self, path: str, payload: bytes | None = None) -> Answer:
         """Get a path, as /people/me, or post a payload to it; return the answer in time."""
-        request = urllib.request.Request(self._url.rstrip("/") + path, payload, self._headers)
-        opener, secret = urllib.request.OpenerDirector(), self._headers["Authorization"].split()[-1]
-        # No handler follows redirects: urllib's would send the token to the other host, by GET.
-        opener.add_handler(self)
-        if request.type == "https":  # plain http only goes to a loopback address
-            opener.add_handler(urllib.request.ProxyHandler())
+        request = urllib.request.Request(self._url + path, payload, self._headers)
+        secret = self._headers["Authorization"].split()[-1]
         try:
-            with opener.open(request, timeout=CONNECT_S) as reply:
+            with self._opener.open(request, timeout=CONNECT_S) as reply:
                 content = reply.read(ANSWER_BYTES).replace(secret.encode(), b"[hidden]")
                 return reply.status, f"{reply.status} {reply.reason}", reply.headers, content
         except Refused:
@@ -600,23 +603,18 @@ def guard(name: str) -> Iterator[None]:
         log.exception("%s: an error in alarmrelay itself", name)
 
 
-@dataclass
 class Courier:
-    room: str  # its path
-    room_id: str
-    settings: Mapping[str, Any]  # time_zone, vmanage_url
-    spool: Spool
-    webex: Client
-    clock: Callable[[], float] = time.time
-    trouble: Verdict | None = None  # what is in the way of delivery
-    since_s: float = 0.0  # when that began
-    retry_s: float = 0.0  # when it is tried again
-    failures: int = 0  # in a row
-    most: int = DIGEST  # alarms in the next digest, fewer after one that was refused
-    aside: list[int] = field(default_factory=list)  # ids of refused alarms, the next to try first
-    due_s: float = float("inf")  # monotonic; without another sign of life by then it is stuck
-    arrived: threading.Event = field(default_factory=threading.Event)
-    stopping: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, room: str, room_id: str, settings: Mapping[str, Any], spool: Spool) -> None:
+        self.room, self.room_id, self.settings = room, room_id, settings  # its path, Webex's id
+        self.webex = Client(settings["webex_url"], f"Bearer {settings['bearer_token']}")
+        self.spool, self.clock = spool, time.time
+        self.spool.count(room, {})  # told from the start
+        self.trouble: Verdict | None = None  # what is in the way of delivery
+        self.since_s = self.retry_s = 0.0  # when that began, and when it is tried again
+        self.failures, self.most = 0, DIGEST  # in a row; in the next digest, fewer if refused
+        self.aside = list[int]()  # ids of refused alarms, the next to try first
+        self.due_s = float("inf")  # monotonic; without another sign of life by then it is stuck
+        self.arrived, self.stopping = threading.Event(), threading.Event()
 
     def step(self) -> float | None:
         """Try to deliver what came first; return the seconds to wait, None for an arrival."""
@@ -775,8 +773,9 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
     def handle_one_request(self) -> None:
         """Answer a request; raise OSError if the connection breaks, Refused if none comes."""
         self.deadline_s = time.monotonic() + self.idle_s
-        is_odd = self.rfile.peek(1)[:1] == b"\r" and self.rfile.readline(2) != b"\r\n"
-        if is_odd or not self.rfile.peek(1):  # an empty line may come first; RFC 9112, 2.2
+        first = self.rfile.peek(1)[:1]  # an empty line may come first; RFC 9112, 2.2
+        is_odd = first == b"\r" and self.rfile.readline(2) != b"\r\n"
+        if is_odd or not (first and self.rfile.peek(1)):
             raise Refused(400, "there is no further request")
         self.deadline_s = time.monotonic() + self.header_s
         self.command, self.is_amid, self.is_lost = "", True, True
@@ -1009,10 +1008,12 @@ RestrictRealtime=yes  SystemCallFilter=@system-service  SystemCallFilter=~@privi
 
 
 class LineFormatter(logging.Formatter):
+    stderr = "{0.st_dev}:{0.st_ino}".format(os.fstat(2)) if sys.stderr else ""
+
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, which no event can make two; for the journal as in sd-daemon(3)."""
         line = BREAKING.sub(lambda match: ascii(match[0])[1:-1], super().format(record))
-        if os.environ.get("JOURNAL_STREAM") != "{0.st_dev}:{0.st_ino}".format(os.fstat(2)):
+        if os.environ.get("JOURNAL_STREAM") != self.stderr:
             return f"{self.formatTime(record)} {record.levelname} {line}"
         return f"<{ {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3) }>{line}"
 
@@ -1121,11 +1122,8 @@ def serve(_: str) -> None:
     # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
-    spool, couriers = Spool(settings["state"]), list[Courier]()
-    for name, room_id in settings["rooms"].items():
-        webex = Client(settings["webex_url"], f"Bearer {settings['bearer_token']}")
-        couriers.append(Courier(f"/{name[len('room_id_') :]}", room_id, settings, spool, webex))
-        spool.count(couriers[-1].room, {})  # told from the start
+    spool, rooms = Spool(settings["state"]), settings["rooms"].items()
+    couriers = [Courier(f"/{name[len('room_id_') :]}", one, settings, spool) for name, one in rooms]
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
     listener = listen(host, port)
     listener.setblocking(False)
