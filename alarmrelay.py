@@ -624,9 +624,10 @@ class Courier:
             if not self.aside or 0 < self.retry_s - now_ms / 1000 <= HOLD_S:
                 return None
             waiting, parent = self.spool.oldest_waiting(self.room, self.aside[1:])
-        message, count = format_digest(waiting[: self.most], now_ms, zone)
-        if len(waiting) > SINGLY and count > 1:
-            return self._conclude(waiting[:count], self._send(markdown=message))
+        if len(waiting) > SINGLY:
+            message, count = format_digest(waiting[: self.most], now_ms, zone)
+            if count > 1:
+                return self._conclude(waiting[:count], self._send(markdown=message))
         alarm, look = waiting[0], (now_ms, zone, self.settings["vmanage_url"])
         verdict = self._send(parent, markdown=alarm.message(*look))
         if verdict.kind == "refused":
