@@ -177,11 +177,10 @@ def show(value: object) -> str:  # as text that Webex shows literally
 
 
 class Alarm:
-    def __init__(
-        self, fields: dict[str, Any], received_ms: int, spool_id: int = 0, delivered_ms: int = 0
-    ) -> None:
+    def __init__(self, fields: dict[str, Any], received_ms: int, *stored: int) -> None:
         self.fields, self.received_ms = fields, received_ms  # by this host's clock, epoch ms
-        self.spool_id, self.delivered_ms = spool_id, delivered_ms  # 0: not stored; not delivered
+        self.spool_id, self.delivered_ms = (*stored, 0, 0)[:2]  # 0: not stored, not delivered
+        self.is_clear = fields.get("active") is False
 
     def name(self) -> str:
         """Return the rule's name as people know it."""
@@ -213,12 +212,11 @@ class Alarm:
         # Which is a rule and values: BFD_TLOC_Up clears BFD_TLOC_Down without a uuid.
         rule, _, way = self.name().rpartition("_")
         values = sorted(f"{key}={value}" for key, value in self.values())
-        is_clear = self.fields.get("active") is False
-        cleared = self.fields.get("cleared_events") if is_clear else []
+        cleared = self.fields.get("cleared_events") if self.is_clear else []
         uuids = [self.fields.get("uuid"), *(cleared if isinstance(cleared, list) else [])]
         uuid, *clears = [BREAKING.sub(" ", str(uuid or "")) for uuid in uuids]
         keys = {"uuid": uuid or None, "clears": json.dumps(clears), "up": None, "down": None}
-        if values and way == ("Up" if is_clear else "Down"):
+        if values and way == ("Up" if self.is_clear else "Down"):
             keys[way.lower()] = json.dumps([rule, *values])
         return keys
 
@@ -226,9 +224,8 @@ class Alarm:
         """Return its name, text, mark and severity, in a form such as show()."""
         keys = self.name(), *(self.fields.get(key, "unknown") for key in ("message", "severity"))
         name, text, severity = map(form, keys)
-        is_clear = self.fields.get("active") is False
         clear = [name, text, "✅", f"cleared ({severity})"]
-        return clear if is_clear else [name, text, MARKS.get(severity, "⚪"), severity]
+        return clear if self.is_clear else [name, text, MARKS.get(severity, "⚪"), severity]
 
     def message(self, now_ms: int, zone: tzinfo, url: str = "", limit: int = MESSAGE_BYTES) -> str:
         """Return its own message, with a link to vManage at this address, of so many bytes."""
@@ -289,9 +286,8 @@ def plain_text(markdown: str) -> str:  # ASCII, for a Webex that refuses a messa
 
 
 # === Spool ========================================================================================
-# Only this class touches the database. Every method is one transaction under one lock; none calls
-# out while holding it. What has returned is on disk: with WAL, FULL is one fsync for each commit
-# (sqlite.org/pragma.html). EXCLUSIVE before WAL: nobody else opens the file.
+# Only this class touches the database. Each method is one transaction under one lock. What has
+# returned is on disk (sqlite.org/pragma.html, FULL with WAL). EXCLUSIVE first: no others open it.
 PRAGMAS = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL"
 # Each makes a file one of the next version; 0 has the tables of 1. uuid, down: filled on delivery.
 MIGRATIONS = (
@@ -329,8 +325,9 @@ class Spool:
     def __init__(self, directory: Path) -> None:
         self._lock = threading.RLock()  # guards the connection and all below
         self._posted = collections.deque[Any]()  # what store() is called with, and its outcome
-        self._unrecorded: dict[int, Any] = {}  # by id; deliveries, when the disk is full
+        self._unsaved: dict[int, Any] = {}  # by id; deliveries, when the disk is full
         self.error: Refused | None = None  # what broke it
+        self.full: Refused | None = None  # why the last one could not be stored
         self._path = directory / "alarmrelay.db"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -374,7 +371,7 @@ class Spool:
         found = "too many alarms wait for Webex" if waiting >= WAITING_ALARMS else ""
         if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
             found = f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}"
-        return self.error or (Refused(503, found, **RETRY) if found else None)
+        return self.error or self.full or (Refused(503, found, **RETRY) if found else None)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -389,7 +386,8 @@ class Spool:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 if str(error) == "database or disk is full":
-                    raise Refused(503, f"{error}: {self._path.parent}", **RETRY) from error
+                    self.full = Refused(503, f"{error}: {self._path.parent}", **RETRY)
+                    raise self.full from error
                 if re.search("malformed|not a database", str(error)):
                     self._move_aside(error)  # a new process begins a new one
                 # For good: after a failed fsync the kernel may have dropped the pages, and the next
@@ -413,6 +411,7 @@ class Spool:
 
     def _commit(self, batch: Sequence[Any]) -> None:  # what store() has queued
         try:
+            self.full = None  # unless it is so again
             if refused := self.refusal():
                 raise refused
             with self._transaction() as db:
@@ -430,11 +429,9 @@ class Spool:
             kind, told = "accepted" if ids else "duplicates", self.rooms[room]
             oldest_ms = told["oldest_ms"] if told["waiting"] else alarms[0].received_ms
             self.count(room, {kind: len(alarms), "waiting": len(ids)}, oldest_ms=oldest_ms)
-            small = (a for a, row in zip(alarms, rows) if len(row[-1]) < LARGE_BYTES)
-            self.newest.extendleft(small)
+            self.newest.extendleft(a for a, row in zip(alarms, rows) if len(row[-1]) < LARGE_BYTES)
 
-    def count(self, room: str, changes: Mapping[str, int], **others: int) -> None:
-        """Add changes to what is told of a room, and set others."""
+    def count(self, room: str, changes: Mapping[str, int], **others: int) -> None:  # sets others
         with self._lock:  # readers take none: they see all of it or nothing
             self.rooms[room] = Counts({**(self.rooms[room] + Counts(changes)), **others})
 
@@ -447,14 +444,13 @@ class Spool:
         """Return alarms to be delivered next, without those set aside, and the first's parent."""
         found, size = list[Alarm](), 0
         with self._transaction() as db:
-            skipped = json.dumps([*self._unrecorded, *aside])
-            for row in db.execute(OLDEST_WAITING, (room, skipped, DIGEST)):
+            for row in db.execute(OLDEST_WAITING, (room, f"{[*self._unsaved, *aside]}", DIGEST)):
                 found.append(self._read(*row))
                 size += len(str(row[0]))
                 if size > BODY_BYTES and len(found) > SINGLY:
                     break
             cleared = found and db.execute(CLEARED, {"room": room, **found[0].threads()}).fetchone()
-            for _, ms, _ in db.execute(OLDEST_WAITING, (room, f"{[*self._unrecorded]}", 1)):
+            for _, ms, _ in db.execute(OLDEST_WAITING, (room, f"{[*self._unsaved]}", 1)):
                 self.count(room, {}, oldest_ms=ms)  # of all, also those set aside
         return found, cleared[2] if cleared else ""
 
@@ -462,28 +458,29 @@ class Spool:
         """Record that alarms stand in the room, in the Webex message with this id."""
         sent = {"room": room, "message_id": message_id, "delivered_ms": delivered_ms}
         n, took_ms = len(alarms), [max(0, delivered_ms - alarm.received_ms) for alarm in alarms]
-        counts = {"messages": 1, "delivered": n, "+Inf": n, "waiting": -n}
-        counts |= {str(s): sum(ms <= s * 1000 for ms in took_ms) for s in BUCKETS_S}
         hour, ids = delivered_ms // 3_600_000, {alarm.spool_id for alarm in alarms}
-        counts |= {"ms": sum(took_ms), f"hour {hour}": n}
+        counts = {"messages": 1, "delivered": n, "+Inf": n, "waiting": -n, f"hour {hour}": n}
+        counts |= {str(s): sum(ms <= s * 1000 for ms in took_ms) for s in BUCKETS_S}
+        counts["ms"] = sum(took_ms)
         with self._lock:
-            self.count(room, counts, **{"last_ms": delivered_ms, f"hour {hour - 25}": 0})
+            old = [key for key in self.rooms[room] if "hour " < key < f"hour {hour - 24}"]
+            self.count(room, counts, last_ms=delivered_ms, **dict.fromkeys(old, 0))
             for alarm in self.newest:
                 alarm.delivered_ms = delivered_ms if alarm.spool_id in ids else alarm.delivered_ms
-            self._unrecorded |= {a.spool_id: {**vars(a), **a.threads(), **sent} for a in alarms}
+            self._unsaved |= {a.spool_id: {**vars(a), **a.threads(), **sent} for a in alarms}
             self.delete_delivered()
 
     def delete_delivered(self, before_ms: int = 0) -> None:
         """Record deliveries not yet recorded; delete some alarms delivered before that."""
         with self._lock, suppress(Refused):  # later, then; until then they are not sent again
             with self._transaction() as db:
-                for delivery in self._unrecorded.values():  # in their order: down, up, down again
+                for delivery in self._unsaved.values():  # in their order: down, up, down again
                     found = db.execute(CLEARED, delivery).fetchall()  # by uuid, else by what is up
                     cleared = [(spool_id,) for rank, spool_id, _ in found if rank == found[0][0]]
                     db.executemany("UPDATE alarm SET down = NULL WHERE id = ?", cleared)
                     db.execute(SET_DELIVERED, delivery)
                 db.execute(DELETE, (before_ms, RETENTION_STEP))
-            self._unrecorded.clear()
+            self._unsaved.clear()
 
     def close(self) -> None:
         with self._lock:
@@ -654,7 +651,8 @@ class Courier:
                 words = f"message={verdict.reason} after {now_s - alarm.received_ms / 1000:.1f} s"
                 log.info("alarm %d delivered: %s", alarm.spool_id, words)
             self.retry_s, self.most = 0.0, DIGEST
-            self.trouble = self.trouble if self.aside else None
+            is_kept = self.aside and self.trouble and self.trouble.kind == "refused"
+            self.trouble = self.trouble if is_kept else None  # that of the one set aside
             return 0.0
         self.spool.count(self.room, {verdict.kind: 1})
         if verdict.kind == "refused" and len(alarms) > 1:
@@ -731,9 +729,11 @@ tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0; border-top: 
 td { overflow-wrap: anywhere; max-width: 100% } td:nth-child(3) { font-weight: 600 }</style>"""
 
 
-def cells(most: int, *values: object) -> str:  # of a table, as HTML of so many bytes each
-    texts = (html.escape(one_line(value), quote=False).encode()[:most] for value in values)
-    return "<td>".join(re.sub("&[^;]*$", "", text.decode(errors="ignore")) for text in texts)
+def cells(most: int, *values: object) -> str:
+    """Return cells of a table, as HTML of so many bytes each."""
+    texts = [html.escape(one_line(value), quote=False).encode() for value in values]
+    shown = [re.sub("&[^;]*$", "", text[:most].decode(errors="ignore")) for text in texts]
+    return "<td>".join(cut + "…"[: len(text) > most] for cut, text in zip(shown, texts))
 
 
 class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its bytes
@@ -881,7 +881,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
     def _answer(self, status: int, text: str, headers: Mapping[str, str]) -> None:
         # Header and body at once: apart, one waits for the other's acknowledgement.
         body = text.encode(errors="replace")
-        with self.relay.ended:
+        with self.relay.counting:
             self.relay.answers[f"HTTP {status}"] += 1
         self.left_answers -= 1
         self.close_connection |= self.is_lost or self.relay.stopping or not self.left_answers
@@ -900,27 +900,28 @@ class Server:
         self.credentials, self.tls = settings["credentials"], settings["tls"]
         self.spool, self.zone, self.started_s = spool, settings["time_zone"], time.time()
         self.couriers = {courier.room: courier for courier in couriers}
-        self.answers = {f"HTTP {code}": 0 for code in CODES}
+        self.counting, self.answers = threading.Lock(), {f"HTTP {code}": 0 for code in CODES}
         self.stopping, self.due_s, (self._stop, self.stopper) = False, float("inf"), os.pipe()
         self.connections, self.ended = set[Handler](), threading.Condition()
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
 
     def verdict(self) -> tuple[str, str]:
         """Return how it is, good, late or bad, and a sentence: why, since when and what to do."""
-        refused, rooms = self.spool.refusal(), self.spool.rooms
+        refused, rooms, now_s = self.spool.refusal(), self.spool.rooms, time.time()
         kind, found = ("bad", [f"New alarms are refused: {refused}"]) if refused else ("late", [])
         for room in sorted(room for room in rooms if rooms[room]["waiting"]):
             number, courier = rooms[room]["waiting"], self.couriers.get(room)
             words = "1 alarm waits" if number == 1 else f"{number} alarms wait"
             words += f" for room {room}" if len(rooms) > 1 else ""
+            words += f", {len(courier.aside)} set aside" if courier and courier.aside else ""
             if not courier:
                 kind, words = "bad", f"{words}: set room_id{room.replace('/', '_')}"
             elif trouble := courier.trouble:
                 kind = "bad" if trouble.kind in ("held", "refused") else kind  # not by itself
                 since = datetime.fromtimestamp(courier.since_s, self.zone)
-                again_s = max(0, courier.retry_s - time.time())
-                words += f": Webex {trouble.meaning} ({trouble.reason})"
-                words += f" since {since:%H:%M}, tried again in {again_s:.0f} s{trouble.advice}"
+                day = "%b %d, " if now_s - courier.since_s > 80_000 else ""
+                words += f": Webex {trouble.meaning} ({trouble.reason}) since {since:{day}%H:%M}"
+                words += f", tried again in {max(0, courier.retry_s - now_s):.0f} s{trouble.advice}"
             found.append(words)
         said = f"All alarms are in {'the room' if len(rooms) == 1 else 'their rooms'}"
         return kind if found else "good", "; ".join(found) or said
@@ -935,14 +936,14 @@ class Server:
             oldest = f"oldest {age(now_ms - told['oldest_ms'])}" if told["waiting"] else ""
             shown = f"{told['waiting']} waiting", oldest, f"last delivered: {last}"
             page += f"<tr><td>{cells(160, room, *shown, f'{day} delivered in 24 h')}"
-        page += '</table><table class="alarms">'
+        page += f'</table><p>As of {Alarm({}, now_ms).time(self.zone)}<table class="alarms">'
         for alarm in self.spool.newest.copy():
             name, text, mark, severity = alarm.head(one_line)
-            values, state = dict(alarm.values()), "waiting" if alarm.spool_id else "duplicate"
-            device = next(filter(None, map(values.get, ("host-name", "system-ip", "site-id"))), "")
-            if alarm.delivered_ms:
-                took_ms = max(0, alarm.delivered_ms - alarm.received_ms)
-                state = f"delivered after {took_ms / 1000:.1f} s"
+            pairs, took_ms = alarm.values(), (alarm.delivered_ms or 0) - alarm.received_ms
+            found = next(filter(dict(pairs).get, ("host-name", "system-ip", "site-id")), "")
+            device = ", ".join(one_line(value) for key, value in pairs if key == found)
+            took = f"delivered after {max(0, took_ms) / 1000:.1f} s"
+            state = took if alarm.delivered_ms else "waiting" if alarm.spool_id else "duplicate"
             row = cells(160, alarm.time(self.zone), f"{mark} {severity}", name, text, device, state)
             page += f'<tr class="{state.split()[0]}"><td>{row}'
         return page

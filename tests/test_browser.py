@@ -226,6 +226,10 @@ def test_the_verdict_is_at_the_top_in_words_and_colour(view):
         (h1,) = look["h1"]
         assert h1["kind"] == kinds[view.state]
         assert sentence(h1["text"]) == sentence(view.said)
+        red, green, _ = painted(h1, "rgba(0, 0, 0, 0)")
+        assert {"good": green > 2 * red, "bad": red > 2 * green, "late": 2 * green > red > green}[
+            h1["kind"]
+        ]
 
 
 def test_the_newest_alarms_are_shown_with_their_state(view):

@@ -238,6 +238,25 @@ def test_a_clear_of_a_deleted_message_waits_for_its_pause_alone(courier, spool, 
     assert asked == [False, True, False, True, False]
 
 
+def test_a_trouble_that_is_over_is_not_told_any_more_while_an_alarm_is_set_aside(
+    courier, spool, webex, clock
+):
+    webex.fault_for = lambda request: (
+        Fault(status=400) if "poison" in json.dumps(request["content"]) else None
+    )
+    put(spool, alarm("poison", "x"), alarm("X", "y"), alarm("X", "z"), alarm("X", "0"))
+    assert courier.step() is not None
+    assert courier.trouble.kind == "refused"
+    assert courier.step() == 0.0  # and y
+    assert courier.trouble.kind == "refused"  # it still waits
+    webex.faults.append(Fault(status=401))
+    courier.step()
+    assert courier.trouble.kind == "held"
+    clock.now_s += 60
+    assert courier.step() == 0.0
+    assert (courier.trouble, len(courier.aside)) == (None, 1)
+
+
 def test_a_clear_in_plain_text_stays_in_its_thread(courier, spool, webex):
     put(spool, down("a"))
     drain(courier)

@@ -189,6 +189,41 @@ def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypat
     assert list(spool.store(*posted("4"))) == [4]
 
 
+def test_a_full_disk_is_told_until_an_alarm_can_be_stored_again(spool):
+    spool.store(*posted("kept"))
+    ((pages,),) = spool._db.execute("PRAGMA page_count")
+    spool._db.execute(f"PRAGMA max_page_count = {pages}")
+    for _ in range(2):
+        with pytest.raises(Refused, match="database or disk is full") as caught:
+            spool.store("/", b"large", [Alarm({"message": "x" * 100_000}, 1)])
+        assert "Retry-After" in caught.value.fields
+        assert "database or disk is full" in str(spool.refusal())
+    spool._db.execute("PRAGMA max_page_count = 100000")
+    assert spool.store(*posted("new")) == [2]
+    assert spool.refusal() is None
+
+
+def test_what_is_told_of_a_room_does_not_grow_with_the_years(spool):
+    hour_ms = 3_600_000
+    for number, hour in enumerate((500_000, 500_001, 500_020, 500_040, 500_100), 1):
+        spool.store("/", b"%d" % number, [Alarm({}, hour * hour_ms)])
+        spool.set_delivered("/", "m", hour * hour_ms, *spool.oldest_waiting("/", [])[0])
+        hours = [key for key, number in spool.rooms["/"].items() if number and "hour " in key]
+        assert f"hour {hour}" in hours
+        assert all(int(key[5:]) >= hour - 24 for key in hours)
+    spool.count("/", {})
+    assert len([key for key in spool.rooms["/"] if "hour " in key]) == 1
+
+
+def test_the_oldest_stays_the_oldest_when_others_come_and_duplicates_are_counted_each(spool):
+    for number, received_ms in enumerate((5_000, 7_000, 9_000)):
+        spool.store("/", b"%d" % number, [Alarm({}, received_ms), Alarm({}, received_ms)])
+        assert spool.rooms["/"]["oldest_ms"] == 5_000
+    spool.store("/", b"2", [Alarm({}, 9_000), Alarm({}, 9_000)])
+    told = spool.rooms["/"]
+    assert (told["accepted"], told["duplicates"], told["waiting"]) == (6, 2, 6)
+
+
 def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
     spool = Spool(tmp_path)
     spool.store(*posted("kept"))

@@ -17,7 +17,7 @@ from harness import PAYLOADS, Relay, basic
 from test_door import status_of
 from webex_standin import Fault, WebexStandIn
 
-from alarmrelay import Alarm
+from alarmrelay import TICK_S, Alarm
 
 OPS, NOC = "room-of-operations", "room-of-the-noc"
 FAST = dict.fromkeys(("TICK_S", "HOLD_S", "PAUSE_MIN_S", "RETRY_S"), 0.05)
@@ -133,7 +133,8 @@ def test_status_and_page_say_why_alarms_wait_and_what_to_do(tmp_path, webex, cas
         said = relay.told(" since ")
         minutes = "|".join(f"{before + timedelta(minutes=n):%H:%M}" for n in range(3))
         form = (
-            rf"STATUS=2 alarms wait: Webex {words} \({case}.+\) since ({minutes}), tried again in "
+            rf"STATUS=2 alarms wait{', 1 set aside' if case == '400' else ''}: Webex {words}"
+            rf" \({case}.+\) since ({minutes}), tried again in "
         )
         form += (
             rf"(\d+) s{f'; {advice}' if advice else ''}; listening on .*; 2 waiting, 0 delivered"
@@ -179,6 +180,24 @@ def test_since_is_of_this_trouble_and_not_of_one_before(tmp_path, webex):
         times = {(match[1], match[2]) for match in since if match}
     assert sorted(status for status, _ in times) == ["401", "503"]
     assert len({time for _, time in times}) == 2
+
+
+def test_since_has_a_date_when_it_was_not_today_and_the_wait_is_never_negative(tmp_path, webex):
+    webex.fault_for = lambda _: Fault(status=401)
+    zone, settings = ZoneInfo("Asia/Kathmandu"), later(tmp_path, 0)
+    with Relay(tmp_path, webex.url, limits=FAST, time_zone=zone.key, **settings) as relay:
+        relay.post({"message": "x"})
+        relay.told("refuses the token (401 ")
+        days = {f"{datetime.now(zone) - timedelta(minutes=n):%b %d}" for n in range(2)}
+        later(tmp_path, 30)
+        words = Page(relay).h1[1]
+    match = re.search(r"\) since (\w+ \d\d), \d\d:\d\d, tried again in 0 s; ", words)
+    assert match, words
+    assert match[1] in days
+
+
+def test_status_is_told_more_than_once_a_second():
+    assert TICK_S < 1
 
 
 def test_since_and_the_wait_are_of_the_outage_and_of_the_last_attempt(tmp_path, webex):
@@ -281,7 +300,8 @@ def test_metrics_and_page_need_neither_the_database_nor_a_lock(tmp_path, webex):
 def test_the_page_is_one_document_that_nobody_keeps(relay):
     page = Page(relay)
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; style-src ")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert page.headers["Content-Security-Policy"] == policy
     assert page.headers["Cache-Control"] == "no-store"
     assert page.headers["X-Content-Type-Options"] == "nosniff"
     assert page.text.lower().startswith("<!doctype html>")
@@ -343,6 +363,7 @@ def test_what_was_delivered_a_day_ago_drops_out(tmp_path, webex):
 
 
 SAMPLE = json.loads((PAYLOADS / "system_reboot_issued.json").read_bytes())
+NONE = {"values_short_display": None}
 SHOWN = {  # an alarm's fields besides the sample's, and the cells that differ from its
     "as it is": ({}, {}),
     "cleared": ({"active": False, "severity": "Medium"}, {"severity": "✅ cleared (Medium)"}),
@@ -354,6 +375,9 @@ SHOWN = {  # an alarm's fields besides the sample's, and the cells that differ f
     "no text": ({"message": {"a": [None, 1]}}, {"message": '{"a": [null, 1]}'}),
     "an address": ({"values_short_display": [{"system-ip": "10.1.0.1"}]}, {"device": "10.1.0.1"}),
     "a site": ({"values_short_display": {"site-id": 100, "x": "y"}}, {"device": "100"}),
+    "devices": ({"values": [{"host-name": "A"}, {"host-name": "B"}], **NONE}, {"device": "A, B"}),
+    "long": ({"message": "é&" * 30}, {"message": "é&" * 22 + "é…"}),
+    "as long as can be": ({"message": "é" * 80}, {"message": "é" * 80}),
     "no device": ({"values_short_display": [{"x": "y"}]}, {"device": ""}),
 }
 
@@ -425,6 +449,29 @@ def test_the_page_stays_small_whatever_the_alarms_and_webex_say(tmp_path, webex,
     assert sentence(page.h1[1]).partition(": ")[2] == sentence(said).partition(": ")[2]
     assert page.h1[1].endswith("; replace bearer_token and restart")
     assert [len(row) for row in page.rows["alarms"]] == [7] * (50 if size < 10_000 else 0)
+
+
+def test_the_page_stays_small_with_many_rooms(tmp_path, webex):
+    names = [f"{number:03}{'x' * 150}" for number in range(200)]
+    webex.rooms |= set(names)
+    with Relay(tmp_path, webex.url, **{f"room_id_{name}": name for name in names}) as relay:
+        text = "&" * 4000
+        relay.post([{"message": text, "rulename": text, "severity": text}] * 10)
+        relay.post([{**SAMPLE, "severity": text, "message": text, "rule_name_display": text}] * 50)
+        relay.wait_for_log(" taken: ", 60)
+        page = Page(relay)
+    assert len(page.text.encode()) < 50_000
+    assert [row[1] for row in page.rows["rooms"]] == ["/", *[f"/{name}" for name in names[:29]]]
+    assert len(page.rows["alarms"]) == 50
+
+
+def test_the_page_says_of_when_it_is(tmp_path, webex):
+    zone = ZoneInfo("Asia/Kathmandu")
+    with Relay(tmp_path, webex.url, time_zone=zone.key) as relay:
+        before_s = time.time()
+        (said,) = re.findall("<p>As of (.*?)<", Page(relay).text)
+        moments = range(int(before_s), int(time.time()) + 1)
+    assert said in [Alarm({}, second * 1000).time(zone) for second in moments]
 
 
 def test_large_alarms_do_not_stay_in_memory(relay):
