@@ -153,8 +153,7 @@ def read_settings(environ: Mapping[str, str], names: Collection[str] = SETTINGS)
 # === Message ======================================================================================
 # Pure functions of an alarm, a JSON object as SAMPLE that vManage posts; no field is certain.
 MARKS = {"Critical": "🔴", "Major": "🟡", "Medium": "🔵", "Minor": "🟢"}  # vManage's own colours
-# What ends a line, turns its direction or has no UTF-8: control characters, separators, bidi
-# controls, lone surrogates. Then what Webex takes for markup; inside a word an underscore is not.
+# What ends a line, turns its direction or has no UTF-8; then what Webex takes for markup.
 BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MARKUP = re.compile(r"[\\`*\[\]~]|(?<!\w)_+|(?<!_)_+(?!\w)")
 # Lenient: no tab in a string, garbled byte or number too long for int() shall lose an alarm.
@@ -323,12 +322,11 @@ DELETE = "DELETE FROM alarm WHERE id IN (SELECT id FROM alarm WHERE delivered_ms
 
 class Spool:
     def __init__(self, directory: Path) -> None:
-        self._lock = threading.RLock()  # guards the connection and all below
+        self._path, self._lock = directory / "alarmrelay.db", threading.RLock()  # guards all below
         self._posted = collections.deque[Any]()  # what store() is called with, and its outcome
         self._unsaved: dict[int, Any] = {}  # by id; deliveries, when the disk is full
         self.error: Refused | None = None  # what broke it
         self.full: Refused | None = None  # why the last one could not be stored
-        self._path = directory / "alarmrelay.db"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._open()
@@ -343,6 +341,8 @@ class Spool:
     def _open(self) -> None:
         db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db, db.text_factory = db, lambda text: text.decode(errors="replace")
+        if not self._path.stat().st_size and Path(f"{self._path}-wal").exists():
+            raise ValueError("its -wal stands alone")  # SQLite would throw it away
         db.executescript(PRAGMAS)
         ((version,),) = db.execute("PRAGMA user_version")
         if version > len(MIGRATIONS):
@@ -352,10 +352,12 @@ class Spool:
         self.rooms = collections.defaultdict[str, Counts](Counts)  # what is told, by path
         for room, waiting, oldest_ms, _ in db.execute(ROOMS):  # of the row with min(id)
             self.count(room, {"waiting": waiting}, oldest_ms=oldest_ms)
-        for room, hour, number, last_ms in db.execute(HOURS, [(time.time() - 90_000) * 1000]):
-            self.count(room, {f"hour {hour}": number}, last_ms=last_ms)
-        newest = (self._read(*row) for row in db.execute(NEWEST, (LARGE_BYTES, NEWEST_ALARMS)))
-        self.newest = collections.deque(newest, NEWEST_ALARMS)
+        self.newest = collections.deque[Alarm]((), NEWEST_ALARMS)
+        with suppress(sqlite3.Error, ValueError):  # for the page alone: not worth a new file
+            for row in db.execute(NEWEST, (LARGE_BYTES, NEWEST_ALARMS)):
+                self.newest.append(self._read(*row))
+            for room, hour, number, last_ms in db.execute(HOURS, [(time.time() - 90_000) * 1000]):
+                self.count(room, {f"hour {hour}": number}, last_ms=int(last_ms))
 
     def _move_aside(self, error: Exception) -> None:
         aside = f"{self._path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
@@ -436,7 +438,7 @@ class Spool:
             self.rooms[room] = Counts({**(self.rooms[room] + Counts(changes)), **others})
 
     def _read(self, body: str, *row: int) -> Alarm:  # or what is left of it
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             return Alarm(dict(DECODER.decode(body)), *row)
         return Alarm({"message": f"This alarm is damaged on disk: {body}"}, *row)
 
@@ -689,7 +691,6 @@ class Courier:
 
 # === HTTP =========================================================================================
 # What could be read in two ways is refused. Each part of a request has a deadline and a bound.
-# Page and metrics are of what is in memory: the same work always, no lock that a post waits for.
 CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="alarmrelay", charset="UTF-8"'}
 ALLOWED = {"/healthz": "GET", "/metrics": "GET", "/": "GET, POST"}  # else, for a room, POST
@@ -801,7 +802,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             if not line.endswith(b"\n"):
                 raise ConnectionError("the client left in the middle of a header")
             if not (match := form.fullmatch(line)):
-                raise Refused(400, "the header cannot be read; for https, set tls_certificate")
+                raise Refused(400, "the header cannot be read: https to a port without, perhaps?")
             if form is FIRST_LINE:
                 self.command, path, version = map(bytes.decode, match.groups())
                 self.path, form = path.partition("?")[0], FIELD_LINE
@@ -813,7 +814,6 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
         if self.is_chunked and codings[0].lower() != "chunked":
             raise Refused(501, "the only Transfer-Encoding known is chunked")
         is_clear = max(map(len, [lengths + codings, *others])) < 2 and not (codings and is_1_0)
-        # int() takes signs, underscores, other digits.
         if not is_clear or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
             raise Refused(400, "a header field is doubled, or the body's length is in doubt")
         self.left_bytes = sum(map(int, lengths))
@@ -927,7 +927,7 @@ class Server:
         return kind if found else "good", "; ".join(found) or said
 
     def page(self) -> str:
-        """Return the page for people, of less than 50 KB."""
+        """Return the page for people, of less than 50 KB, of what is in memory alone."""
         (kind, said), now_ms = self.verdict(), int(time.time() * 1000)
         page = f'{PAGE}<h1 class="{kind}">{cells(2000, said)}</h1><table class="rooms">'
         for room, told in sorted(self.spool.rooms.items())[:ROOMS_SHOWN]:
@@ -1069,7 +1069,7 @@ def install(root: str) -> Iterator[str]:
     files += [] if Path(f"{root}{ENV_FILE}").exists() else [(ENV_FILE, text, "600")]
     for name, text, mode in files:
         command = ["install", "-D", "-m", mode, "/dev/stdin", f"{root}{name}"]
-        if subprocess.run(command, input=text.encode(), check=False).returncode:
+        if subprocess.run(command, input=text.encode()).returncode:
             raise RelayError(74, "install needs root and systemd, or --root DIR")
         yield f"written: {root}{name}"
     yield f"next: sudoedit {ENV_FILE}"  # then `enable` lets systemd read the unit, too
@@ -1137,10 +1137,10 @@ def serve(_: str) -> None:
         log.warning("no tls_certificate: password and alarms come over the network in plain text")
     where, tick_s = f"listening on {host} port {listener.getsockname()[1]}", 0.0
     while not signal.sigtimedwait(signals, tick_s) and not spool.error:
-        said, told = server.verdict()[1], sum(spool.rooms.values(), Counts())
+        (kind, said), told = server.verdict(), sum(spool.rooms.values(), Counts())
         words = f"{said}; {where}; {told['waiting']} waiting, {told['delivered']} delivered"
         if not tick_s:  # it has just begun
-            log.info("alarmrelay %s: %s", __version__, words)
+            (log.warning if kind == "bad" else log.info)("alarmrelay %s: %s", __version__, words)
             notify("READY=1")
         notify(f"STATUS={words}")
         tick_s = min(TICK_S, int(os.getenv("WATCHDOG_USEC", 2**32)) / 3e6)
@@ -1181,8 +1181,8 @@ def main() -> int:
             # As the relay on this host: with its settings and, while it runs, its credentials.
             words = f"""systemd-run --quiet --pipe --wait --same-dir -p EnvironmentFile={ENV_FILE}
                 -E STATE_DIRECTORY=/var/lib/alarmrelay
-                -E CREDENTIALS_DIRECTORY=/run/credentials/alarmrelay.service {sys.executable}"""
-            return subprocess.run([*words.split(), *sys.argv], check=False).returncode
+                -E CREDENTIALS_DIRECTORY=/run/credentials/alarmrelay.service"""
+            return subprocess.run([*words.split(), sys.executable, *sys.argv]).returncode
         for line in arguments.run(re.sub("^-$", "/dev/stdin", arguments.argument)) or ():
             os.write(1, f"{line}\n".encode())  # in UTF-8, whatever the locale
             status |= line.startswith("wrong: ")

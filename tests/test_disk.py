@@ -208,6 +208,50 @@ def test_a_damaged_file_is_moved_aside_and_the_relay_comes_up(tmp_path, webex, d
     assert "Traceback" not in relay.log()
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["empty", "missing"])
+def test_a_wal_without_its_database_is_kept_and_said(tmp_path, webex, is_there):
+    webex.fault_for = lambda _: Fault(status=401)
+    relay = Relay(tmp_path, webex.url)
+    path = tmp_path / "state" / "alarmrelay.db"
+    with relay:
+        assert relay.post(numbered(1))[0] == 200
+        relay.kill()
+        path.unlink()
+        if is_there:
+            path.touch()
+        wal = Path(f"{path}-wal").read_bytes()
+        relay.start()
+        assert "the spool is damaged (its -wal stands alone), what waited in it" in relay.log()
+        (aside,) = path.parent.glob("alarmrelay.db.damaged-*-wal")
+        assert aside.read_bytes() == wal
+        assert b"number 1" in wal
+        assert relay.post(numbered(2))[0] == 200
+
+
+@pytest.mark.parametrize("damage", ["page", "type"])
+def test_what_is_damaged_of_delivered_alarms_keeps_no_waiting_one(tmp_path, webex, damage):
+    spool, path = Spool(tmp_path / "state"), tmp_path / "state" / "alarmrelay.db"
+    for number in range(400):
+        body = {"message": f"number {number},", "padding": "x" * 500}
+        spool.store("/", b"%d" % number, [Alarm(body, int(time.time() * 1000))])
+        if number == 299:
+            while waiting := spool.oldest_waiting("/", [])[0]:
+                spool.set_delivered("/", "m", int(time.time() * 1000), *waiting)
+    if damage == "type":
+        spool._db.execute("UPDATE alarm SET delivered_ms = 'x' WHERE id = 5")
+    spool.close()
+    data = bytearray(path.read_bytes())
+    if damage == "page":
+        start = data.find(b"number 5,") // 4096 * 4096
+        data[start : start + 4096] = b"\xee" * 4096
+        path.write_bytes(data)
+    with Relay(tmp_path, webex.url):
+        webex.wait_for(lambda: "number 399," in "".join(webex.texts()))
+    found = re.findall(r"number (\d+),", "".join(webex.texts()))
+    assert found == [str(number) for number in range(300, 400)]
+    assert not [*path.parent.glob("*.damaged-*")]
+
+
 class TakesAll:
     """In place of the client for Webex."""
 

@@ -614,7 +614,7 @@ def test_a_room_of_a_file_of_the_spool_that_no_path_has_any_more_waits(tmp_path,
         assert relay.post({"message": "other"})[0] == 200
         said = relay.told("1 waiting, 1 delivered")
         assert said.startswith("STATUS=1 alarm waits for room /ops: set room_id_ops; listening")
-        assert re.search(r" INFO alarmrelay .*: 1 alarm waits for room /ops: set r", relay.log())
+        assert re.search(r" WARNING alarmrelay .*: 1 alarm waits for room /ops: set r", relay.log())
     webex.fault_for = lambda _: None
     with Relay(tmp_path, webex.url, **rooms) as relay:
         relay.told("0 waiting, 1 delivered")

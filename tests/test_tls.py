@@ -157,7 +157,8 @@ def test_tls_on_the_plain_port_is_told_apart(tmp_path, webex):
         with pytest.raises(ssl.SSLError):
             post(relay, ssl.create_default_context())
         assert (
-            "refused: 400 the header cannot be read; for https, set tls_certificate" in relay.log()
+            "refused: 400 the header cannot be read: https to a port without, perhaps?"
+            in relay.log()
         )
 
 
