@@ -738,9 +738,9 @@ def cells(most: int, *values: object) -> str:
 
 
 class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its bytes
-    def __init__(self, client: socket.socket, address: str, server: Server, wait_s: float) -> None:
+    def __init__(self, client: socket.socket, address: Any, server: Server, wait_s: float) -> None:
         self.connection: Any = client  # or, over TLS, ssl's
-        self.address, self.relay = address, server
+        self.address, self.relay = address[0].removeprefix("::ffff:"), server  # RFC 4291
         # Until credentials are shown; some clients show them only when asked: two answers.
         self.idle_s, self.header_s, self.left_answers = wait_s, wait_s, 2.0
         # No stop cuts off what is amid. Nobody knows where a request begins after one that is lost.
@@ -965,13 +965,13 @@ class Server:
         """Accept connections until the stop, then see each request on its way answered."""
         while not self.stopping:
             self.due_s, taken = time.monotonic() + STALL_S, len(self.connections)
+            connection: Handler | None = None  # one that got no thread is closed
             try:
                 if taken >= self._most:
                     raise OSError(f"all {taken} places are taken")
                 select.select([listener.fileno(), self._stop], [], [], STALL_S / 3)
-                client, (host, *_) = listener.accept()
                 wait_s = HEADER_S if taken < self._most / 2 else TICK_S  # lest places run out
-                connection = Handler(client, host.removeprefix("::ffff:"), self, wait_s)  # RFC 4291
+                connection = Handler(*listener.accept(), self, wait_s)
                 with self.ended:  # which it needs to end
                     threading.Thread(target=connection.run, daemon=True).start()
                     self.connections.add(connection)
