@@ -60,7 +60,7 @@ STOP_S, GRACE_S, LINGER_S = 10.0, 0.2, 2.0  # of a stop; for what is on its way;
 DELAYED_MS, DUPLICATE_MS = 300_000, 600_000  # older is old news; sooner, a sender's retry
 WAITING_ALARMS, FREE_BYTES = 100_000, 16 * 2**20  # else new alarms are refused, not deliveries
 BUCKETS_S = (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 14_400)  # of delivery times, in /metrics
-TICK_S, RETENTION_STEP = 0.8, 500  # between two status lines, and old alarms deleted in that time
+TICK_S, RETENTION_STEP = 0.8, 100  # between two status lines, and old alarms deleted in that time
 REQUEST_S, CONNECT_S = 60.0, 10.0  # for Webex's answer; to connect to each of its addresses
 RETRY_S, RETRY_MAX_S, RETRY_JITTER = 1.0, 300.0, 0.2  # after 5xx and network errors; doubles
 PAUSE_S, PAUSE_MIN_S, PAUSE_MAX_S = 15.0, 1.0, 3600.0  # 429 and 423; 15 s as in Cisco's own SDKs
@@ -322,11 +322,11 @@ DELETE = "DELETE FROM alarm WHERE id IN (SELECT id FROM alarm WHERE delivered_ms
 
 class Spool:
     def __init__(self, directory: Path) -> None:
-        self._path, self._lock = directory / "alarmrelay.db", threading.RLock()  # guards all below
+        self.path, self._lock = directory / "alarmrelay.db", threading.RLock()  # guards all below
         self._posted = collections.deque[Any]()  # what store() is called with, and its outcome
         self._unsaved: dict[int, Any] = {}  # by id; deliveries, when the disk is full
         self.error: Refused | None = None  # what broke it
-        self.full: Refused | None = None  # why the last one could not be stored
+        self._full_s = 0.0  # monotonic; until then the disk counts as full: SQLite said so
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._open()
@@ -337,16 +337,17 @@ class Spool:
                 raise RelayError(74, f"no spool can be opened in {directory}: {error}") from error
             self._move_aside(error)
             self._open()
+        self.losses = [f"alarms may be lost: see {p}" for p in directory.glob("*.damaged-*[0-9]")]
 
     def _open(self) -> None:
-        db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         self._db, db.text_factory = db, lambda text: text.decode(errors="replace")
-        if not self._path.stat().st_size and Path(f"{self._path}-wal").exists():
+        if not self.path.stat().st_size and Path(f"{self.path}-wal").exists():
             raise ValueError("its -wal stands alone")  # SQLite would throw it away
         db.executescript(PRAGMAS)
         ((version,),) = db.execute("PRAGMA user_version")
         if version > len(MIGRATIONS):
-            raise RelayError(74, f"{self._path} is of a newer relay, version {version}: use that")
+            raise RelayError(74, f"{self.path} is of a newer relay, version {version}: use that")
         for number, migration in [*enumerate(MIGRATIONS, 1)][version:]:
             db.executescript(f"BEGIN; {migration}; PRAGMA user_version = {number}; COMMIT")
         self.rooms = collections.defaultdict[str, Counts](Counts)  # what is told, by path
@@ -360,20 +361,20 @@ class Spool:
                 self.count(room, {f"hour {hour}": number}, last_ms=int(last_ms))
 
     def _move_aside(self, error: Exception) -> None:
-        aside = f"{self._path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
+        aside = f"{self.path}.damaged-{datetime.now():%Y-%m-%d-%H%M%S}"
         log.error("the spool is damaged (%s), what waited in it may be lost: see %s", error, aside)
         self._db.close()
         for end in ("-wal", ""):  # SQLite would throw away a -wal that stands alone
             with suppress(FileNotFoundError):
-                os.rename(f"{self._path}{end}", f"{aside}{end}")
+                os.rename(f"{self.path}{end}", f"{aside}{end}")
 
     def refusal(self) -> Refused | None:
         """Return why no alarm can be stored now, if so."""
         waiting = sum(room["waiting"] for room in [*self.rooms.values()])
         found = "too many alarms wait for Webex" if waiting >= WAITING_ALARMS else ""
-        if shutil.disk_usage(self._path.parent).free < FREE_BYTES:
-            found = f"under {FREE_BYTES >> 20} MiB free in {self._path.parent}"
-        return self.error or self.full or (Refused(503, found, **RETRY) if found else None)
+        if shutil.disk_usage(self.path.parent).free < FREE_BYTES or time.monotonic() < self._full_s:
+            found = f"the disk is full, or under {FREE_BYTES >> 20} MiB free in {self.path.parent}"
+        return self.error or (Refused(503, found, **RETRY) if found else None)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -388,8 +389,8 @@ class Spool:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 if str(error) == "database or disk is full":
-                    self.full = Refused(503, f"{error}: {self._path.parent}", **RETRY)
-                    raise self.full from error
+                    self._full_s = time.monotonic() + HOLD_S
+                    raise Refused(503, f"{error}: {self.path.parent}", **RETRY) from error
                 if re.search("malformed|not a database", str(error)):
                     self._move_aside(error)  # a new process begins a new one
                 # For good: after a failed fsync the kernel may have dropped the pages, and the next
@@ -413,7 +414,7 @@ class Spool:
 
     def _commit(self, batch: Sequence[Any]) -> None:  # what store() has queued
         try:
-            self.full = None  # unless it is so again
+            self._full_s = 0.0  # unless it says so again
             if refused := self.refusal():
                 raise refused
             with self._transaction() as db:
@@ -426,8 +427,7 @@ class Spool:
                 outcome.append(refusal)
             return
         for outcome, room, alarms, rows in batch:
-            ids = [alarm.spool_id for alarm in alarms if alarm.spool_id]
-            outcome.append(ids)
+            outcome.append(ids := [alarm.spool_id for alarm in alarms if alarm.spool_id])
             kind, told = "accepted" if ids else "duplicates", self.rooms[room]
             oldest_ms = told["oldest_ms"] if told["waiting"] else alarms[0].received_ms
             self.count(room, {kind: len(alarms), "waiting": len(ids)}, oldest_ms=oldest_ms)
@@ -612,6 +612,7 @@ class Courier:
         self.since_s = self.retry_s = 0.0  # when that began, and when it is tried again
         self.failures, self.most = 0, DIGEST  # in a row; in the next digest, fewer if refused
         self.aside = list[int]()  # ids of refused alarms, the next to try first
+        self.refused: tuple[Verdict | None, float] = None, 0.0  # why, and since when
         self.due_s = float("inf")  # monotonic; without another sign of life by then it is stuck
         self.arrived, self.stopping = threading.Event(), threading.Event()
 
@@ -653,8 +654,7 @@ class Courier:
                 words = f"message={verdict.reason} after {now_s - alarm.received_ms / 1000:.1f} s"
                 log.info("alarm %d delivered: %s", alarm.spool_id, words)
             self.retry_s, self.most = 0.0, DIGEST
-            is_kept = self.aside and self.trouble and self.trouble.kind == "refused"
-            self.trouble = self.trouble if is_kept else None  # that of the one set aside
+            self.trouble, self.since_s = self.refused if self.aside else (None, 0.0)
             return 0.0
         self.spool.count(self.room, {verdict.kind: 1})
         if verdict.kind == "refused" and len(alarms) > 1:
@@ -673,8 +673,8 @@ class Courier:
             words += f" (trackingId {verdict.tracking_id or 'none'}); tried again in {wait_s:.0f} s"
             log.log(level, "room %s, alarm %d: %s", self.room, spool_id, words)
         if verdict.kind == "refused":  # it does not hold the others
-            self.aside, wait_s = [*self.aside, spool_id], RETRY_S
-        return wait_s
+            self.aside, self.refused = [*self.aside, spool_id], (verdict, self.since_s)
+        return RETRY_S if verdict.kind == "refused" else wait_s
 
     def run(self) -> None:
         """Deliver until stopped."""
@@ -908,7 +908,8 @@ class Server:
     def verdict(self) -> tuple[str, str]:
         """Return how it is, good, late or bad, and a sentence: why, since when and what to do."""
         refused, rooms, now_s = self.spool.refusal(), self.spool.rooms, time.time()
-        kind, found = ("bad", [f"New alarms are refused: {refused}"]) if refused else ("late", [])
+        found = [*self.spool.losses, *([f"New alarms are refused: {refused}"] if refused else [])]
+        kind = "bad" if found else "late"
         for room in sorted(room for room in rooms if rooms[room]["waiting"]):
             number, courier = rooms[room]["waiting"], self.couriers.get(room)
             words = "1 alarm waits" if number == 1 else f"{number} alarms wait"
@@ -1007,15 +1008,14 @@ RestrictRealtime=yes  SystemCallFilter=@system-service  SystemCallFilter=~@privi
 
 [Install]  WantedBy=multi-user.target
 """.replace("  ", "\n")
+STDERR = "{0.st_dev}:{0.st_ino}".format(os.fstat(2)) if sys.stderr else ""
 
 
 class LineFormatter(logging.Formatter):
-    stderr = "{0.st_dev}:{0.st_ino}".format(os.fstat(2)) if sys.stderr else ""
-
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, which no event can make two; for the journal as in sd-daemon(3)."""
         line = BREAKING.sub(lambda match: ascii(match[0])[1:-1], super().format(record))
-        if os.environ.get("JOURNAL_STREAM") != self.stderr:
+        if os.environ.get("JOURNAL_STREAM") != STDERR:
             return f"{self.formatTime(record)} {record.levelname} {line}"
         return f"<{ {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3) }>{line}"
 
@@ -1138,7 +1138,7 @@ def serve(_: str) -> None:
     where, tick_s = f"listening on {host} port {listener.getsockname()[1]}", 0.0
     while not signal.sigtimedwait(signals, tick_s) and not spool.error:
         (kind, said), told = server.verdict(), sum(spool.rooms.values(), Counts())
-        words = f"{said}; {where}; {told['waiting']} waiting, {told['delivered']} delivered"
+        words = f"{said[:900]}; {where}; {told['waiting']} waiting, {told['delivered']} delivered"
         if not tick_s:  # it has just begun
             (log.warning if kind == "bad" else log.info)("alarmrelay %s: %s", __version__, words)
             notify("READY=1")

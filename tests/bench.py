@@ -40,7 +40,7 @@ MESSAGES = 150  # from post to room
 STORM, STORM_CONNECTIONS, STORM_RATE = 10_000, 16, 5  # alarms; messages a second that Webex takes
 SIZES, WAITING, STARTS = (1_000, 100_000, 1_000_000), 100_000, 5
 GROWTH_ALARMS, GROWTH_PAGES = 400, 40  # in each turn
-IDLE_S, RETAINED_DAYS = 10.0, 29
+IDLE_S, RETAINED_DAYS, OLD = 10.0, 29, 20_000
 
 SPAWN = multiprocessing.get_context("spawn")
 BLOCKS = itertools.count(1)  # of alarm numbers: no alarm is posted twice
@@ -282,7 +282,7 @@ def get(relay: Relay, path: str) -> tuple[int, str]:
         return answer.status, answer.read().decode()
 
 
-def fill(folder: Path, retained: int, waiting: int = 0) -> None:
+def fill(folder: Path, retained: int, waiting: int = 0, days: int = RETAINED_DAYS) -> None:
     """Put alarms into a spool: delivered, evenly over the last days, and waiting ones."""
     import alarmrelay
 
@@ -292,7 +292,7 @@ def fill(folder: Path, retained: int, waiting: int = 0) -> None:
     indexes = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'index'").fetchall()
     for name, _ in indexes if retained else ():  # made at the end they take half the time
         db.execute(f"DROP INDEX {name}")
-    span_ms = RETAINED_DAYS * 86_400_000
+    span_ms = days * 86_400_000
     count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT ?1)"
     delivered = "?2 + i * ?3, 'message-' || i, 'full-' || i, iif(i % 10, NULL, 'down-' || i)"
     for number, rest in ((retained, delivered), (waiting, "NULL, NULL, NULL, NULL")):
@@ -347,6 +347,27 @@ def measure_answering(folder: Path, load: Load) -> None:
             row(what, ours, healthy, "noise", "{:.2f}")
 
 
+def measure_retention(folder: Path, load: Load) -> None:
+    """Compare the times of answers while old alarms are deleted with those when there are none."""
+    fill(folder / "old", OLD, days=60)  # half of them are to be deleted
+    found = {"old": list[list[float]](), "none": list[list[float]]()}
+    with contextlib.ExitStack() as stack:
+        relays = {name: stack.enter_context(running(folder / name, "at once"))[0] for name in found}
+        for name in [*found] * ROUNDS:
+            times_ms = load.start(answers_ms, relays[name].port, ROUND_S).result()
+            found[name].append(statistics.quantiles(times_ms, n=100))
+        relays["old"].stop()
+        with contextlib.closing(sqlite3.connect(folder / "old/state/alarmrelay.db")) as db:
+            old_ms = (time.time() - 30 * 86_400) * 1000
+            left = "SELECT count(*) FROM alarm WHERE delivered_ms < ?"
+            ((count,),) = db.execute(left, [old_ms])
+        relays["old"].start()
+    row("alarms deleted meanwhile; old ones before", [OLD // 2 - count], [OLD // 2])
+    for percent in (50, 99):
+        ours, none = ([cuts[percent - 1] for cuts in found[name]] for name in found)
+        row(f"answer p{percent}, ms, old alarms are deleted; none", ours, none, "noise", "{:.2f}")
+
+
 def measure_the_way(folder: Path) -> None:
     """Compare the time from a post to the room with that of a commit and urllib alone."""
 
@@ -361,6 +382,7 @@ def measure_the_way(folder: Path) -> None:
     db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE a (body)")
     with contextlib.ExitStack() as stack:
         relay, webex = stack.enter_context(running(folder, "at once"))
+        url = f"{webex.url()}/messages"
         client = stack.enter_context(socket.create_connection(("127.0.0.1", relay.port)))
         for _ in range(ROUNDS):
             ours, bare = list[float](), list[float]()
@@ -373,9 +395,7 @@ def measure_the_way(folder: Path) -> None:
                 headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "text/plain"}
                 began_s = time.monotonic()
                 db.execute("INSERT INTO a VALUES (?)", [ALARM])
-                request = urllib.request.Request(
-                    f"{webex.url()}/messages", json.dumps(message).encode(), headers
-                )
+                request = urllib.request.Request(url, json.dumps(message).encode(), headers)
                 with urllib.request.urlopen(request) as answer:
                     answer.read()
                 bare.append(until_received_ms(next(counts), began_s))
@@ -500,6 +520,8 @@ def main() -> int:
         print(f"a disk that syncs {syncs_a_second(folder):,.0f} times a second\n", flush=True)
         measure_accepting(folder / "accepting", load)
         measure_answering(folder / "answering", load)
+        (folder / "retention").mkdir()
+        measure_retention(folder / "retention", load)
         measure_the_way(folder / "way")
         missing = measure_storm(folder / "storm", load)
         measure_rest(folder / "rest")

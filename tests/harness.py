@@ -120,7 +120,7 @@ class Relay:
             while self.process.poll() is None:
                 with contextlib.suppress(TimeoutError, socket.timeout):
                     listener.settimeout(0.2)
-                    self.words.put(listener.recv(4096).decode())
+                    self.words.put(listener.recv(65536).decode())
 
     def told(self, part: str, timeout_s: float = 30) -> str:
         """Wait until systemd is told something that holds this part, and return it."""

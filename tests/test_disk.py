@@ -90,7 +90,7 @@ def test_under_the_floor_new_alarms_are_refused_and_waiting_ones_delivered(disk,
     disk.leave_free(15 * MEBIBYTE)
     status, answer = relay.post(numbered(2))
     assert status == 503
-    assert answer["error"] == f"under 16 MiB free in {disk.folder}"
+    assert answer["error"] == f"the disk is full, or under 16 MiB free in {disk.folder}"
     assert health(relay) == 503
     webex.fault_for = lambda _: None
     relay.told("0 waiting, 1 delivered")
@@ -225,6 +225,8 @@ def test_a_wal_without_its_database_is_kept_and_said(tmp_path, webex, is_there):
         (aside,) = path.parent.glob("alarmrelay.db.damaged-*-wal")
         assert aside.read_bytes() == wal
         assert b"number 1" in wal
+        said = relay.told(f"STATUS=alarms may be lost: see {aside.with_name(aside.name[:-4])}; ")
+        assert "; listening on " in said
         assert relay.post(numbered(2))[0] == 200
 
 

@@ -254,7 +254,10 @@ def test_a_trouble_that_is_over_is_not_told_any_more_while_an_alarm_is_set_aside
     assert courier.trouble.kind == "held"
     clock.now_s += 60
     assert courier.step() == 0.0
-    assert (courier.trouble, len(courier.aside)) == (None, 1)
+    assert (courier.trouble.kind, len(courier.aside)) == ("refused", 1)
+    webex.fault_for = lambda _: None
+    assert drain(courier) == [0.0, 0.0]
+    assert (courier.trouble, courier.aside) == (None, [])
 
 
 def test_a_clear_in_plain_text_stays_in_its_thread(courier, spool, webex):

@@ -210,7 +210,7 @@ def test_since_and_the_wait_are_of_the_outage_and_of_the_last_attempt(tmp_path, 
 
 
 REFUSED = {"WAITING_ALARMS": (2, "too many alarms wait for Webex")}
-REFUSED["FREE_BYTES"] = (2**62, f"under {2**42} MiB free in ")
+REFUSED["FREE_BYTES"] = (2**62, f"the disk is full, or under {2**42} MiB free in ")
 
 
 @pytest.mark.parametrize("limit", REFUSED)
@@ -265,6 +265,20 @@ def test_each_room_that_waits_is_told(tmp_path, webex):
         "STATUS=2 alarms wait for room /noc: Webex .*; 1 alarm waits for room /ops: Webex has .*"
     )
     assert re.fullmatch(words, said)
+
+
+def test_systemd_takes_a_status_of_many_rooms(tmp_path, webex):
+    """Of more than 4096 bytes it takes none; sd_notify(3), NOTIFY_BUFFER_MAX in its source."""
+    rooms = {f"room_id_room_{number:02}": f"room-{number}" for number in range(30)}
+    webex.rooms |= {*rooms.values()}
+    text = json.dumps({"message": "\u00e9" * 300}).encode()
+    webex.fault_for = lambda _: Fault(status=401, body=text)
+    with Relay(tmp_path, webex.url, limits=FAST, **rooms) as relay:
+        for number in range(30):
+            relay.post({"message": "x"}, f"/room_{number:02}")
+        relay.told("; 30 waiting, 0 delivered")
+        relay.told("refuses the token (401 ")
+        assert max(len(said.encode()) for said in relay.said) <= 4096
 
 
 NOTES = """
