@@ -307,9 +307,8 @@ NEWEST = """SELECT body, received_ms, id, delivered_ms FROM alarm WHERE length(b
     ORDER BY id DESC LIMIT ?"""
 HOURS = """SELECT room, delivered_ms / 3600000, count(*), max(delivered_ms) FROM alarm
     WHERE delivered_ms > ? GROUP BY 1, 2 ORDER BY 2"""
-ROOMS = (
-    "SELECT room, count(*), received_ms, min(id) FROM alarm WHERE delivered_ms IS NULL GROUP BY 1"
-)
+ROOMS = """SELECT room, count(*), received_ms, min(id) FROM alarm
+    WHERE delivered_ms IS NULL GROUP BY room"""
 OLDEST_WAITING = """SELECT body, received_ms, id FROM alarm WHERE room = ? AND
     delivered_ms IS NULL AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"""
 SET_DELIVERED = """UPDATE alarm SET delivered_ms = :delivered_ms, message_id = :message_id,
@@ -337,7 +336,8 @@ class Spool:
                 raise RelayError(74, f"no spool can be opened in {directory}: {error}") from error
             self._move_aside(error)
             self._open()
-        self.losses = [f"alarms may be lost: see {p}" for p in directory.glob("*.damaged-*[0-9]")]
+        lost = "alarms may be lost: recover those in {}, move it away and restart".format
+        self.losses = [*map(lost, directory.glob("*.damaged-*[0-9]"))]
 
     def _open(self) -> None:
         db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -1125,7 +1125,7 @@ def serve(_: str) -> None:
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
     spool, rooms = Spool(settings["state"]), settings["rooms"].items()
-    couriers = [Courier(f"/{name[len('room_id_') :]}", one, settings, spool) for name, one in rooms]
+    couriers = [Courier(f"/{key[len('room_id_') :]}", id_, settings, spool) for key, id_ in rooms]
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
     listener = listen(host, port)
     listener.setblocking(False)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from harness import Relay, environment
 from test_settings import run
+from test_status import Page
 from webex_standin import ROOM, Fault
 
 from alarmrelay import MIGRATIONS, Alarm, Courier, Refused, Spool
@@ -225,9 +226,15 @@ def test_a_wal_without_its_database_is_kept_and_said(tmp_path, webex, is_there):
         (aside,) = path.parent.glob("alarmrelay.db.damaged-*-wal")
         assert aside.read_bytes() == wal
         assert b"number 1" in wal
-        said = relay.told(f"STATUS=alarms may be lost: see {aside.with_name(aside.name[:-4])}; ")
-        assert "; listening on " in said
+        damaged = aside.with_name(aside.name[:-4])
+        words = f"alarms may be lost: recover those in {damaged}, move it away and restart"
+        assert relay.told(f"STATUS={words}; listening on ")
+        assert Page(relay).h1 == ["bad", words]
         assert relay.post(numbered(2))[0] == 200
+        damaged.unlink()
+        relay.kill()
+        relay.start()
+        relay.told("STATUS=1 alarm waits")
 
 
 @pytest.mark.parametrize("damage", ["page", "type"])
