@@ -724,10 +724,10 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>alarmrelay
 :root { color-scheme: light dark; font: 95%/1.5 system-ui, sans-serif } body { margin: 1rem }
 h1 { font-size: 1.2rem; padding: 1rem; border-radius: .5rem; color: #fff; background: #17672e }
 .late { background: #8a5200 } .bad { background: #b3261e } .duplicate { opacity: .7 }
-table, tbody { display: block } table { margin: 2rem 0 } .waiting :last-child { font-weight: 600 }
+table, tbody { display: block } table { margin: 2rem 0 } td:last-child { white-space: nowrap }
 tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0; border-top: 1px solid #8885 }
 @media (min-width: 60rem) { td { flex: 2 14rem } :nth-child(2), :nth-child(n+5) { flex: 1 9rem } }
-td { overflow-wrap: anywhere; max-width: 100% } td:nth-child(3) { font-weight: 600 }</style>"""
+td { overflow-wrap: anywhere } td:nth-child(3), .waiting :last-child { font-weight: 600 }</style>"""
 
 
 def cells(most: int, *values: object) -> str:
