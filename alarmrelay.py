@@ -408,9 +408,9 @@ class Spool:
         with self._lock:
             if not outcome:
                 self._commit([self._posted.popleft() for _ in range(len(self._posted))])
-        if isinstance(outcome[0], Refused):
+        if not isinstance(outcome[0], list):
             raise outcome[0]
-        return outcome[0]  # type: ignore[no-any-return]
+        return outcome[0]
 
     def _commit(self, batch: Sequence[Any]) -> None:  # what store() has queued
         try:
@@ -422,9 +422,9 @@ class Spool:
                     known = db.execute(FIND_REQUEST, (*rows[0], DUPLICATE_MS)).fetchone()
                     for alarm, row in zip(alarms, [] if known else rows):
                         alarm.spool_id = db.execute(INSERT, row).lastrowid or 0
-        except Refused as refusal:
+        except (Refused, OSError) as error:  # OSError: free space cannot be asked for
             for outcome, *_ in batch:
-                outcome.append(refusal)
+                outcome.append(error)
             return
         for outcome, room, alarms, rows in batch:
             outcome.append(ids := [alarm.spool_id for alarm in alarms if alarm.spool_id])
@@ -802,7 +802,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             if not line.endswith(b"\n"):
                 raise ConnectionError("the client left in the middle of a header")
             if not (match := form.fullmatch(line)):
-                raise Refused(400, "the header cannot be read: https to a port without, perhaps?")
+                raise Refused(400, "the header cannot be read: https would need tls_certificate")
             if form is FIRST_LINE:
                 self.command, path, version = map(bytes.decode, match.groups())
                 self.path, form = path.partition("?")[0], FIELD_LINE
@@ -842,8 +842,8 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
 
     def _respond(self) -> tuple[str, Mapping[str, str]]:  # does what is asked, or raises Refused
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")  # RFC 7617, 2
-        given, known = token.strip(" ").encode("latin-1"), self.relay.credentials
-        if scheme.lower() == "basic" and secrets.compare_digest(given, known):
+        given = hashlib.sha256(token.strip(" ").encode("latin-1")).digest()  # lest its length shows
+        if scheme.lower() == "basic" and secrets.compare_digest(given, self.relay.digest):
             self.idle_s, self.header_s, self.left_answers = IDLE_S, HEADER_S, float("inf")
         elif self.path != "/healthz":
             raise Refused(401, "wrong credentials" if scheme else "no credentials", **CHALLENGE)
@@ -897,7 +897,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
 
 class Server:
     def __init__(self, settings: Mapping[str, Any], spool: Spool, *couriers: Courier) -> None:
-        self.credentials, self.tls = settings["credentials"], settings["tls"]
+        self.digest, self.tls = hashlib.sha256(settings["credentials"]).digest(), settings["tls"]
         self.spool, self.zone, self.started_s = spool, settings["time_zone"], time.time()
         self.couriers = {courier.room: courier for courier in couriers}
         self.counting, self.answers = threading.Lock(), {f"HTTP {code}": 0 for code in CODES}
@@ -1143,8 +1143,8 @@ def serve(_: str) -> None:
             (log.warning if kind == "bad" else log.info)("alarmrelay %s: %s", __version__, words)
             notify("READY=1")
         notify(f"STATUS={words}")
-        tick_s = min(TICK_S, int(os.getenv("WATCHDOG_USEC", 2**32)) / 3e6)
-        if time.monotonic() < min(server.due_s, *(courier.due_s for courier in couriers)):
+        now_s, tick_s = time.monotonic(), min(TICK_S, int(os.getenv("WATCHDOG_USEC", 2**32)) / 3e6)
+        if os.getenv("WATCHDOG_USEC") and now_s < min(server.due_s, *(c.due_s for c in couriers)):
             notify("WATCHDOG=1")  # sd_watchdog_enabled(3)
         spool.delete_delivered(int((time.time() - settings["retention_days"] * 86_400) * 1000))
     deadline_s, server.stopping = time.monotonic() + STOP_S, True

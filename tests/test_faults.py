@@ -117,6 +117,12 @@ alarmrelay.Spool.delete_delivered = slow
         webex.wait_for(lambda: "late 4" in "".join(webex.texts()))
 
 
+def test_without_a_watchdog_there_are_no_pings(relay):
+    relay.post({})
+    relay.told("1 delivered")
+    assert not any("WATCHDOG" in words for words in relay.said)
+
+
 def test_pings_come_three_times_in_the_time_that_systemd_waits(tmp_path, webex):
     with Relay(tmp_path, webex.url, {"TICK_S": 3600}, WATCHDOG_USEC="300000") as relay:
         for _ in range(3):

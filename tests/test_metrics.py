@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from harness import PROGRAM, Relay, basic
 from test_project import README
-from test_status import FAST, PAUSED, get, later, three_rooms
+from test_status import FAST, PAUSED, Page, get, later, three_rooms
 from webex_standin import Fault
 
 from alarmrelay import __version__
@@ -91,9 +91,11 @@ def test_a_clock_that_is_set_back_makes_no_number_negative(tmp_path, webex):
         webex.wait_for(lambda: webex.requests)
         later(tmp_path, -1)
         assert metrics(relay)['oldest_waiting_seconds{room="/"}'] == 0
+        assert Page(relay).rows["rooms"][0][3] == "oldest 0 s"
         release.set()
         relay.told("0 waiting, 1 delivered")
         assert metrics(relay)['delivery_seconds_sum{room="/"}'] == 0
+        assert Page(relay).rows["alarms"][0][-1] == "delivered after 0.0 s"
 
 
 LATE_LOOK = """

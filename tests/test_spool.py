@@ -209,6 +209,31 @@ def test_a_full_disk_is_told_for_a_minute_or_until_an_alarm_can_be_stored(spool,
     assert spool.refusal() is None
 
 
+def test_every_post_of_a_commit_hears_that_free_space_cannot_be_asked_for(spool, monkeypatch):
+    def gone(path: object) -> None:
+        raise OSError("the directory is gone")
+
+    found = list[str]()
+
+    def store(name: str) -> None:
+        with pytest.raises(OSError, match="is gone") as caught:
+            spool.store(*posted(name))
+        found.append(str(caught.value))
+
+    monkeypatch.setattr(alarmrelay.shutil, "disk_usage", gone)
+    threads = [threading.Thread(target=store, args=[name]) for name in ("1", "2", "3")]
+    with spool._lock:
+        for thread in threads:
+            thread.start()
+        while len(spool._posted) < len(threads):
+            threading.Event().wait(0.001)
+    for thread in threads:
+        thread.join()
+    assert found == ["the directory is gone"] * 3
+    monkeypatch.undo()
+    assert spool.store(*posted("4")) == [1]
+
+
 def test_what_is_told_of_a_room_does_not_grow_with_the_years(spool):
     hour_ms = 3_600_000
     for number, hour in enumerate((500_000, 500_001, 500_020, 500_040, 500_100), 1):

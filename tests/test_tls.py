@@ -157,7 +157,7 @@ def test_tls_on_the_plain_port_is_told_apart(tmp_path, webex):
         with pytest.raises(ssl.SSLError):
             post(relay, ssl.create_default_context())
         assert (
-            "refused: 400 the header cannot be read: https to a port without, perhaps?"
+            "refused: 400 the header cannot be read: https would need tls_certificate"
             in relay.log()
         )
 
