@@ -900,7 +900,7 @@ class Server:
         self.digest, self.tls = hashlib.sha256(settings["credentials"]).digest(), settings["tls"]
         self.spool, self.zone, self.started_s = spool, settings["time_zone"], time.time()
         self.couriers = {courier.room: courier for courier in couriers}
-        self.counting, self.answers = threading.Lock(), {f"HTTP {code}": 0 for code in CODES}
+        self.counting, self.answers = threading.Lock(), Counts()
         self.stopping, self.due_s, (self._stop, self.stopper) = False, float("inf"), os.pipe()
         self.connections, self.ended = set[Handler](), threading.Condition()
         self._most = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
