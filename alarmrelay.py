@@ -38,15 +38,17 @@ import urllib.parse
 import urllib.request
 import uuid
 import zoneinfo
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
 
 __version__ = "0.1.0"
 log = logging.getLogger("alarmrelay")
 Counts = collections.Counter[str]
+TYPE_CHECKING = False  # as it is at run time: typing would take half a MiB
+if TYPE_CHECKING:
+    from typing import Any
 # === Limits =======================================================================================
 MESSAGE_BYTES, PLAIN_TEXT_BYTES = 7439, 1000  # of UTF-8, as Webex takes them; of the plain form
 SINGLY, DIGEST = 10, 150  # alarms that go one by one; most in a message
@@ -88,12 +90,11 @@ ENV_FILE = "/etc/alarmrelay.env"  # where systemd takes the settings from
 WORD, LINE = "[!-~]+", r"[^\x00-\x1f\x7f\ud800-\udfff]+"
 HOST, REST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])", "(:[0-9]{1,5})?(/[A-Za-z0-9._~%/-]*)?"
 WEBEX_URL = rf"(https://{HOST}|http://(localhost|127\.[0-9.]+|\[::1\])){REST}"
-ROOM = "id of one more room, for alarms to /NAME: a-z, 0-9, _; not healthz or metrics"
 # name: default ("" where required), form, type, what is expected. The README has the same table.
 SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
     "bearer_token": ("", WORD, str, "the Webex bot's token, in one word"),
     "room_id": ("", WORD, str, "the id of a Webex room, in one word"),
-    "room_id_NAME": ("", f"({WORD})?", str, ROOM),
+    "room_id_NAME": ("", f"({WORD})?", str, "a room, for /NAME: a-z, 0-9, _, not healthz, metrics"),
     "webhook_username": ("", f"(?!.*:){LINE}", str, "a name for vManage, without a colon"),
     "webhook_password": ("", LINE, str, "a password for vManage, in one line"),
     "listen": ("0.0.0.0:5001", r"([0-9.]+|\[.+\]):[0-9]{1,5}", parse_listen, "address:port"),
@@ -322,7 +323,7 @@ DELETE = "DELETE FROM alarm WHERE id IN (SELECT id FROM alarm WHERE delivered_ms
 class Spool:
     def __init__(self, directory: Path) -> None:
         self.path, self._lock = directory / "alarmrelay.db", threading.RLock()  # guards all below
-        self._posted = collections.deque[Any]()  # what store() is called with, and its outcome
+        self._posted: collections.deque[Any] = collections.deque()  # to store(), with its outcome
         self._unsaved: dict[int, Any] = {}  # by id; deliveries, when the disk is full
         self.error: Refused | None = None  # what broke it
         self._full_s = 0.0  # monotonic; until then the disk counts as full: SQLite said so
@@ -401,7 +402,7 @@ class Spool:
     def store(self, room: str, request: bytes, alarms: Sequence[Alarm]) -> list[int]:
         """Put the alarms of a request (its hash) on disk; return their ids; raise Refused."""
         rows = [(room, request, alarm.received_ms, json.dumps(alarm.fields)) for alarm in alarms]
-        outcome = list[Any]()  # the ids, or why there are none
+        outcome: list[Any] = []  # the ids, or why there are none
         # Whoever gets the lock first commits for all that came during the commit before. Queued
         # before the lock is taken, so that who finds the queue empty under the lock is on disk.
         self._posted.append((outcome, room, alarms, rows))
@@ -451,10 +452,12 @@ class Spool:
                 size += len(str(row[0]))
                 if size > BODY_BYTES and len(found) > SINGLY:
                     break
-            cleared = found and db.execute(CLEARED, {"room": room, **found[0].threads()}).fetchone()
-            for _, ms, _ in db.execute(OLDEST_WAITING, (room, f"{[*self._unsaved]}", 1)):
-                self.count(room, {}, oldest_ms=ms)  # of all, also those set aside
-        return found, cleared[2] if cleared else ""
+            one = found[0] if found else Alarm({}, 0)
+            sent = one.is_clear and db.execute(CLEARED, dict(one.threads(), room=room)).fetchone()
+            for row in db.execute(OLDEST_WAITING, (room, f"{[*self._unsaved]}", bool(aside))):
+                one = self._read(*row)  # the oldest may be set aside
+            self.count(room, {}, oldest_ms=one.received_ms)
+        return found, sent[2] if sent else ""
 
     def set_delivered(self, room: str, message_id: str, delivered_ms: int, *alarms: Alarm) -> None:
         """Record that alarms stand in the room, in the Webex message with this id."""
@@ -506,15 +509,12 @@ class Wire(io.RawIOBase):  # the bytes that come over a connection
         raise Refused(408, "the request came too slowly")
 
 
-class Verdict(NamedTuple):
-    kind: str  # "delivered", "refused" (the message), "held" (token, room), "paused", "failed"
-    wait_s: float
-    reason: str  # for people; the message's id if it is delivered
-    meaning: str = ""  # that Webex does
-    advice: str = ""  # with its semicolon, if there is one
-    tracking_id: str = ""  # Cisco's support asks for it
-
-
+# kind: "delivered", "refused" (the message), "held" (token, room), "paused" or "failed"; reason:
+# for people, or the message's id; meaning: that Webex does it; advice: with a semicolon, or "";
+# tracking_id: Cisco's support asks for it.
+Verdict = collections.namedtuple(
+    "Verdict", "kind wait_s reason meaning advice tracking_id", defaults=("", "", "")
+)
 Answer = tuple[int, str, Mapping[str, str], bytes]  # status, or 0 for none; reason, headers, body
 # By status, what it means that Webex does; what to do. 0: no answer; 200: one without an id.
 MEANING = {
@@ -603,10 +603,9 @@ def guard(name: str) -> Iterator[None]:
 
 
 class Courier:
-    def __init__(self, room: str, room_id: str, settings: Mapping[str, Any], spool: Spool) -> None:
+    def __init__(self, room: str, room_id: str, settings: Any, spool: Spool, webex: Client) -> None:
         self.room, self.room_id, self.settings = room, room_id, settings  # its path, Webex's id
-        self.webex = Client(settings["webex_url"], f"Bearer {settings['bearer_token']}")
-        self.spool, self.clock = spool, time.time
+        self.spool, self.webex, self.clock = spool, webex, time.time
         self.spool.count(room, {})  # told from the start
         self.trouble: Verdict | None = None  # what is in the way of delivery
         self.since_s = self.retry_s = 0.0  # when that began, and when it is tried again
@@ -876,7 +875,7 @@ class Handler(http.server.BaseHTTPRequestHandler, Wire):  # a connection and its
             log.info(f"alarm {spool_id} taken: room={self.path} {words} sender={self.address}")
         if not ids:
             log.info("%s sent again what was taken before: not stored twice", self.address)
-        return json.dumps({"status": "accepted" if ids else "duplicate"}), {}
+        return '{"status": "accepted"}' if ids else '{"status": "duplicate"}', {}
 
     def _answer(self, status: int, text: str, headers: Mapping[str, str]) -> None:
         # Header and body at once: apart, one waits for the other's acknowledgement.
@@ -1125,7 +1124,8 @@ def serve(_: str) -> None:
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
     spool, rooms = Spool(settings["state"]), settings["rooms"].items()
-    couriers = [Courier(f"/{key[len('room_id_') :]}", id_, settings, spool) for key, id_ in rooms]
+    webex = Client(settings["webex_url"], f"Bearer {settings['bearer_token']}")  # 1 MiB, for all
+    couriers = [Courier(f"/{key[8:]}", room_id, settings, spool, webex) for key, room_id in rooms]
     server, (host, port) = Server(settings, spool, *couriers), settings["listen"]
     listener = listen(host, port)
     listener.setblocking(False)

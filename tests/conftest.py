@@ -10,7 +10,7 @@ import pytest
 from harness import Relay
 from webex_standin import ROOM, TOKEN, WebexStandIn
 
-from alarmrelay import Courier, Spool
+from alarmrelay import Client, Courier, Spool
 
 START_S = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc).timestamp()
 
@@ -50,9 +50,9 @@ def clock():
 
 
 def courier_of(spool: Spool, webex: WebexStandIn, clock: Clock) -> Courier:
-    settings = {"webex_url": webex.url, "bearer_token": TOKEN, "vmanage_url": ""}
-    settings["time_zone"] = ZoneInfo("Europe/Madrid")
-    courier = Courier("/", ROOM, settings, spool)
+    settings = {"vmanage_url": "", "time_zone": ZoneInfo("Europe/Madrid")}
+    client = Client(webex.url, f"Bearer {TOKEN}")
+    courier = Courier("/", ROOM, settings, spool, client)
     courier.clock = clock
     return courier
 

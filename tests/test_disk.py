@@ -272,9 +272,8 @@ def lives_until_well(directory: Path) -> int:
     """Start the relay's parts as systemd would until they deliver all and take an alarm."""
     for life in range(4):
         spool = Spool(directory)
-        settings = {"time_zone": timezone.utc, "vmanage_url": "", "bearer_token": "x"}
-        courier = Courier("/", "room", {**settings, "webex_url": "http://127.0.0.1:9"}, spool)
-        courier.webex = TakesAll()
+        settings = {"time_zone": timezone.utc, "vmanage_url": ""}
+        courier = Courier("/", "room", settings, spool, TakesAll())
         with contextlib.suppress(Refused):
             while courier.step() is not None:
                 pass

@@ -396,6 +396,18 @@ def test_a_client_that_says_nothing_does_not_keep_the_relay_from_stopping(tmp_pa
         silent.close()
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_the_certificates_take_their_memory_once_for_all_rooms(tmp_path, webex):
+    trace, trusted = tmp_path / "trace", tmp_path / "trusted.pem"
+    trusted.touch()
+    rooms = {f"room_id_room{number}": "id" for number in range(3)}
+    relay = Relay(tmp_path, webex.url, SSL_CERT_FILE=str(trusted), **rooms)
+    relay.start("strace", "-D", "-f", "-qq", "-e", "trace=openat", "-o", str(trace))
+    relay.terminate()
+    assert relay.process.wait(60) == 0
+    assert trace.read_text().count(trusted.name) == 1
+
+
 @pytest.mark.pitfall(11)
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_an_fsync_stands_before_every_answer_and_each_is_one_write(tmp_path, webex):
