@@ -40,7 +40,7 @@ MESSAGES = 150  # from post to room
 STORM, STORM_CONNECTIONS, STORM_RATE = 10_000, 16, 5  # alarms; messages a second that Webex takes
 SIZES, WAITING, STARTS = (1_000, 100_000, 1_000_000), 100_000, 5
 GROWTH_ALARMS, GROWTH_PAGES = 400, 40  # in each turn
-IDLE_S, RETAINED_DAYS, OLD = 10.0, 29, 20_000
+IDLE_S, RETAINED_DAYS, OLD, ROOMS = 10.0, 29, 20_000, 20
 
 SPAWN = multiprocessing.get_context("spawn")
 BLOCKS = itertools.count(1)  # of alarm numbers: no alarm is posted twice
@@ -244,10 +244,10 @@ class Load(concurrent.futures.ProcessPoolExecutor):
 
 
 # === The relay ====================================================================================
-def relay_in(folder: Path, webex: Any) -> Relay:
+def relay_in(folder: Path, webex: Any, **rooms: str) -> Relay:
     """Return the relay as a service runs it, the file as it is, not as the tests do."""
     folder.mkdir(exist_ok=True)
-    relay = Relay(folder, webex.url(), {})
+    relay = Relay(folder, webex.url(), {}, **rooms)
     relay.command = [sys.executable, str(PROGRAM)]
     return relay
 
@@ -390,12 +390,13 @@ def measure_the_way(folder: Path) -> None:
                 began_s = time.monotonic()
                 post_ms(client, next(numbers))
                 ours.append(until_received_ms(next(counts), began_s))
-                content = webex.messages()[-1]
-                message = {key: content[key] for key in ("roomId", "markdown")}
-                headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "text/plain"}
+            content = webex.messages()[-1]
+            message = json.dumps({key: content[key] for key in ("roomId", "markdown")}).encode()
+            headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "text/plain"}
+            for _ in range(MESSAGES // ROUNDS):
                 began_s = time.monotonic()
                 db.execute("INSERT INTO a VALUES (?)", [ALARM])
-                request = urllib.request.Request(url, json.dumps(message).encode(), headers)
+                request = urllib.request.Request(url, message, headers)
                 with urllib.request.urlopen(request) as answer:
                     answer.read()
                 bare.append(until_received_ms(next(counts), began_s))
@@ -427,7 +428,7 @@ def measure_storm(folder: Path, load: Load) -> int:
 
 def measure_rest(folder: Path) -> None:
     """Count wake-ups without work, while the spools for what comes next are written."""
-    with running(folder, "at once") as (relay, _):
+    with running(folder, "at once") as (relay, webex):
         time.sleep(1)
         row("memory at rest, MiB", [memory_mib(relay)], goal="≤ 30", form="{:.1f}")
         began_s, before = time.monotonic(), wakeups(relay)
@@ -436,6 +437,11 @@ def measure_rest(folder: Path) -> None:
         time.sleep(max(0.0, began_s + IDLE_S - time.monotonic()))
         rate = (wakeups(relay) - before) / (time.monotonic() - began_s)
         row("wake-ups a second at rest", [rate], goal="≤ 2", form="{:.1f}")
+        rooms = {f"room_id_{number}": "id" for number in range(ROOMS)}
+        with relay_in(folder / "rooms", webex, **rooms) as many:
+            time.sleep(1)
+            more_mib = memory_mib(many) - memory_mib(relay)
+    row(f"memory at rest, {ROOMS} rooms more, MiB more", [more_mib], form="{:.1f}")
 
 
 def costs_ms(relay: Relay, webex: Any) -> Iterator[tuple[str, float]]:
