@@ -9,7 +9,6 @@ An alarm that was answered with 200 is on disk and reaches the room, at least on
 
 from __future__ import annotations
 
-import argparse
 import base64
 import collections
 import email.utils
@@ -30,13 +29,11 @@ import signal
 import socket
 import sqlite3
 import ssl
-import subprocess
 import sys
 import threading
 import time
 import urllib.parse
 import urllib.request
-import uuid
 import zoneinfo
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -288,7 +285,8 @@ def plain_text(markdown: str) -> str:  # ASCII, for a Webex that refuses a messa
 # === Spool ========================================================================================
 # Only this class touches the database. Each method is one transaction under one lock. What has
 # returned is on disk (sqlite.org/pragma.html, FULL with WAL). EXCLUSIVE first: no others open it.
-PRAGMAS = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL"
+PRAGMAS = """PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+    PRAGMA cache_size = -256"""  # KiB; the kernel holds the file anyway
 # Each makes a file one of the next version; 0 has the tables of 1. uuid, down: filled on delivery.
 MIGRATIONS = (
     """CREATE TABLE IF NOT EXISTS alarm (
@@ -509,9 +507,8 @@ class Wire(io.RawIOBase):  # the bytes that come over a connection
         raise Refused(408, "the request came too slowly")
 
 
-# kind: "delivered", "refused" (the message), "held" (token, room), "paused" or "failed"; reason:
-# for people, or the message's id; meaning: that Webex does it; advice: with a semicolon, or "";
-# tracking_id: Cisco's support asks for it.
+# kind: "delivered", "refused" (the message), "held" (token, room), "paused", "failed"; reason: for
+# people, or the message's id; meaning: that Webex does; advice: with its semicolon, or "".
 Verdict = collections.namedtuple(
     "Verdict", "kind wait_s reason meaning advice tracking_id", defaults=("", "", "")
 )
@@ -994,8 +991,7 @@ PROGRAM_FILE, UNIT_FILE = "/usr/local/bin/alarmrelay.py", "/etc/systemd/system/a
 # What `install` writes, two spaces for a line's end; alarmrelay.service is the same text.
 UNIT = f"""[Unit]  Description=Relay of vManage alarms to a Webex room
 Wants=network-online.target  After=network-online.target  StartLimitIntervalSec=0
-
-[Service]  Type=notify  ExecStart=/usr/bin/python3 {PROGRAM_FILE}  EnvironmentFile=-{ENV_FILE}
+  [Service]  Type=notify  ExecStart=/usr/bin/python3 {PROGRAM_FILE}  EnvironmentFile=-{ENV_FILE}
 DynamicUser=yes  StateDirectory=alarmrelay  StateDirectoryMode=0700  WatchdogSignal=SIGKILL
 WatchdogSec=90  Restart=always  RestartSec=1  RestartPreventExitStatus=78  FileDescriptorStoreMax=1
 LimitNOFILE={CONNECTIONS + 64}  CapabilityBoundingSet=  LockPersonality=yes  PrivateDevices=yes
@@ -1004,8 +1000,7 @@ ProtectControlGroups=yes  ProtectHome=yes  ProtectKernelLogs=yes  ProtectKernelT
 ProtectKernelModules=yes  RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX  ProtectProc=invisible
 RestrictNamespaces=yes  SystemCallErrorNumber=EPERM  SystemCallArchitectures=native
 RestrictRealtime=yes  SystemCallFilter=@system-service  SystemCallFilter=~@privileged @resources
-
-[Install]  WantedBy=multi-user.target
+  [Install]  WantedBy=multi-user.target
 """.replace("  ", "\n")
 STDERR = "{0.st_dev}:{0.st_ino}".format(os.fstat(2)) if sys.stderr else ""
 
@@ -1060,6 +1055,8 @@ def preview(path: str) -> Iterator[str]:
 
 def install(root: str) -> Iterator[str]:
     """Write program, unit and, if there are none, settings; below DIR, or on this host as root."""
+    import subprocess
+
     text = "# 'Quote odd values so.' After a change: sudo systemctl restart alarmrelay\n"
     for name, (default, form, _type, expected) in SETTINGS.items():
         needed, mark = (", required", "") if not re.fullmatch(form, default) else ("", "#")
@@ -1080,8 +1077,7 @@ def check(_: str) -> Iterator[str]:
     settings = read_settings(os.environ)
     zone, state = settings["time_zone"], settings["state"]
     yield f"ok: settings; in {zone} it is {Alarm({}, int(time.time() * 1000)).time(zone)}"
-    place = next(path for path in (state, *state.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place := next(p for p in (state, *state.parents) if p.exists())).free
     is_good = place.is_dir() and os.access(place, os.W_OK | os.X_OK) and free >= FREE_BYTES
     words = "" if is_good else f"; must have {FREE_BYTES >> 20} and be writable by the relay's user"
     yield f"{'ok' if is_good else 'wrong'}: state directory {state}: {free >> 20} MiB free{words}"
@@ -1101,7 +1097,8 @@ def check(_: str) -> Iterator[str]:
 def send(path: str) -> Iterator[str]:
     """Post the alarm in FILE, or the workshop's as of now, to the relay on this host."""
     settings = read_settings(os.environ)
-    now = {"uuid": str(uuid.uuid4()), "receive_time": int(time.time() * 1000)}
+    uuid = Path("/proc/sys/kernel/random/uuid").read_text().strip()  # random(4)
+    now = {"uuid": uuid, "receive_time": int(time.time() * 1000)}
     content = Path(path).read_bytes() if path else json.dumps(json.loads(SAMPLE) | now).encode()
     scheme, (host, port) = "https" if settings["tls"] else "http", settings["listen"]
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"  # 0.0.0.0 is this host, too
@@ -1160,38 +1157,41 @@ def serve(_: str) -> None:
     spool.close()
 
 
-def main() -> int:
+def main(run: Callable[[str], Any] = serve, argument: str = "") -> int:
     """Run the command that the arguments name; return the exit status."""
-    parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
-    parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
-    parser.set_defaults(run=serve, argument="")
-    commands = parser.add_subparsers(metavar="COMMAND", help="none: relay alarms")
-    for run in (check, preview, send, install):
-        one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        one.set_defaults(run=run)
-        if run in (preview, send):
-            one.add_argument("argument", nargs="?", default="", metavar="FILE", help="or -")
-    one.add_argument("--root", dest="argument", default="", metavar="DIR")
-    arguments, status = parser.parse_args(), 0
+    status, is_set = 0, {"STATE_DIRECTORY", *SETTINGS} & os.environ.keys()
+    if sys.argv[1:]:  # no memory of the daemon's is spent on what commands import
+        import argparse
+        import subprocess
+
+        parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
+        parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
+        command = parser.add_subparsers(metavar="COMMAND", required=True, help="none: relay alarms")
+        for do in (check, preview, send, install):
+            one = command.add_parser(do.__name__, help=do.__doc__, description=do.__doc__)
+            one.set_defaults(run=do, argument="")
+            if do in (preview, send):
+                one.add_argument("argument", nargs="?", default="", metavar="FILE", help="or -")
+        one.add_argument("--root", dest="argument", default="", metavar="DIR")
+        arguments = parser.parse_args()
+        run, argument = arguments.run, arguments.argument
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter())
     try:
-        is_set = {"STATE_DIRECTORY", *SETTINGS} & os.environ.keys()
-        if arguments.run in (check, send) and not is_set and Path(ENV_FILE).exists():
+        if run in (check, send) and not is_set and Path(ENV_FILE).exists():
             # As the relay on this host: with its settings and, while it runs, its credentials.
             words = f"""systemd-run --quiet --pipe --wait --same-dir -p EnvironmentFile={ENV_FILE}
                 -E STATE_DIRECTORY=/var/lib/alarmrelay
                 -E CREDENTIALS_DIRECTORY=/run/credentials/alarmrelay.service"""
             return subprocess.run([*words.split(), sys.executable, *sys.argv]).returncode
-        for line in arguments.run(re.sub("^-$", "/dev/stdin", arguments.argument)) or ():
+        for line in run(re.sub("^-$", "/dev/stdin", argument)) or ():
             os.write(1, f"{line}\n".encode())  # in UTF-8, whatever the locale
             status |= line.startswith("wrong: ")
     except (RelayError, OSError, sqlite3.Error) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
         notify(f"STATUS={BREAKING.sub('; ', str(error))}")
-        is_1 = arguments.run is check or isinstance(error, Refused)
-        return 1 if is_1 else getattr(error, "status", 74)
+        return 1 if run is check or isinstance(error, Refused) else getattr(error, "status", 74)
     return status
 
 

@@ -36,6 +36,14 @@ def test_the_program_imports_the_standard_library_alone():
     assert imported <= set(sys.stdlib_module_names)
 
 
+def test_what_only_commands_and_checkers_need_takes_no_memory_of_the_daemon():
+    code = f"import sys; sys.path.insert(0, {str(TOP)!r}); import alarmrelay; print(*sys.modules)"
+    python = [sys.executable, "-I", "-S", "-B", "-c", code]
+    loaded = subprocess.run(python, capture_output=True, text=True, check=True).stdout.split()
+    assert "alarmrelay" in loaded
+    assert not {"argparse", "dataclasses", "subprocess", "typing", "uuid"} & {*loaded}
+
+
 def test_the_readmes_table_of_settings_is_that_of_the_program():
     rows = re.findall(r"^\| `(\w+)` \| (?:(?:`([^`]*)`|required) )?\|", README, re.MULTILINE)
     documented = [(name, default) for name, default in rows if name in SETTINGS]

@@ -146,6 +146,17 @@ def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
     assert len(spool.store(*posted("a", request=b"r", received_ms=at - 86_400_000))) == 1
 
 
+def test_a_delivery_not_yet_recorded_is_not_told_as_waiting(spool, monkeypatch):
+    monkeypatch.setattr(spool, "delete_delivered", lambda: None)  # as on a full disk
+    for received_ms in (1000, 2000, 3000):
+        spool.store(*posted("a", request=b"%d" % received_ms, received_ms=received_ms))
+    delivered, aside, _ = spool.oldest_waiting("/", [])[0]
+    spool.set_delivered("/", "m", 4000, delivered)
+    found, _ = spool.oldest_waiting("/", [aside.spool_id])
+    assert [alarm.received_ms for alarm in found] == [3000]
+    assert spool.rooms["/"]["oldest_ms"] == 2000
+
+
 def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
     statements = traced(spool)
     spool.oldest_waiting("/", [])
