@@ -40,7 +40,7 @@ from webex_standin import TOKEN, Fault, WebexStandIn
 ROUNDS, ROUND_S = 5, 0.9  # turns of each side, and how long one lasts
 WEBEX_S = 0.15  # that Webex takes for a message
 PACE, PACE_CONNECTIONS = 200, 4  # posts a second for the answer times
-MESSAGES = 150  # from post to room
+RESTS = {0.02: 30, 0.2: 8}  # s before each message from post to room; messages in a turn
 STORM, STORM_CONNECTIONS, STORM_RATE = 10_000, 16, 5  # alarms; messages a second that Webex takes
 SIZES, WAITING, STARTS = (1_000, 100_000, 1_000_000), 100_000, 5
 GROWTH_ALARMS, GROWTH_PAGES = 400, 40  # in each turn
@@ -328,11 +328,11 @@ def measure_accepting(folder: Path, load: Load) -> None:
                 empty.append(load.start(saturate, port, *way, ROUND_S).result())
             row(f"accepted a second, {name}; an empty handler", ours, empty, goals.get(name, ""))
         twice = list[float]()
-        for _ in range(ROUNDS):
+        for _ in range(2):
             halves = [load.start(saturate, port, 16, True, ROUND_S) for _ in (1, 2)]
             twice.append(sum(half.result() for half in halves))
             empty.append(load.start(saturate, port, 32, True, ROUND_S).result())
-        row("(the empty handler alone, posts from 2 processes; from 1)", twice, empty[-ROUNDS:])
+        row("(the empty handler alone, posts from 2 processes; from 1)", twice, empty[-2:])
 
 
 def measure_answering(folder: Path, load: Load) -> None:
@@ -374,39 +374,45 @@ def measure_retention(folder: Path, load: Load) -> None:
 
 def measure_the_way(folder: Path) -> None:
     """Compare the time from a post to the room with that of a commit and urllib alone."""
-
-    def until_received_ms(count: int, began_s: float) -> float:
-        time.sleep(0.015)  # until all is at rest
-        while len(times_s := webex.times_s()) < count:
-            time.sleep(0.005)
-        return (times_s[-1] - began_s) * 1000
-
-    numbers, counts, medians = itertools.count(1), itertools.count(1), list[list[float]]()
     db = sqlite3.connect(folder.parent / "bare.db", isolation_level=None)
     db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE a (body)")
+    numbers, medians = itertools.count(1), dict[float, list[list[float]]]()
     with contextlib.ExitStack() as stack:
         relay, webex = stack.enter_context(running(folder, "at once"))
-        url = f"{webex.url()}/messages"
         client = stack.enter_context(socket.create_connection(("127.0.0.1", relay.port)))
-        for _ in range(ROUNDS):
-            ours, bare = list[float](), list[float]()
-            for _ in range(MESSAGES // ROUNDS):
-                began_s = time.monotonic()
-                post_ms(client, next(numbers))
-                ours.append(until_received_ms(next(counts), began_s))
-            content = webex.messages()[-1]
-            message = json.dumps({key: content[key] for key in ("roomId", "markdown")}).encode()
-            headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "text/plain"}
-            for _ in range(MESSAGES // ROUNDS):
-                began_s = time.monotonic()
-                db.execute("INSERT INTO a VALUES (?)", [ALARM])
-                request = urllib.request.Request(url, message, headers)
-                with urllib.request.urlopen(request) as answer:
-                    answer.read()
-                bare.append(until_received_ms(next(counts), began_s))
-            medians.append([statistics.median(ours), statistics.median(bare)])
-    ours, bare = zip(*medians)
-    row("post until Webex has it, ms; a commit and urllib", ours, bare, "≤ 1.5", "{:.2f}")
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "text/plain"}
+        counts, message = itertools.count(1), b""
+
+        def post() -> None:
+            post_ms(client, next(numbers))
+
+        def post_bare() -> None:
+            db.execute("INSERT INTO a VALUES (?)", [ALARM])
+            request = urllib.request.Request(f"{webex.url()}/messages", message, headers)
+            with urllib.request.urlopen(request) as answer:
+                answer.read()
+
+        def median_ms(work: Callable[[], None], rest_s: float, count: int) -> float:
+            found = list[float]()
+            for _ in range(count):
+                time.sleep(rest_s)
+                began_s, number = time.monotonic(), next(counts)
+                work()
+                while len(times_s := webex.times_s()) < number:
+                    time.sleep(0.005)
+                found.append((times_s[-1] - began_s) * 1000)
+            return statistics.median(found)
+
+        for rest_s, count in [*RESTS.items()] * ROUNDS:
+            ours = median_ms(post, rest_s, count)
+            sent = webex.messages()[-1]
+            message = json.dumps({key: sent[key] for key in ("roomId", "markdown")}).encode()
+            bare = median_ms(post_bare, rest_s, count)
+            medians.setdefault(rest_s, []).append([ours, bare])
+    for rest_s, pairs in medians.items():
+        ours, bare = zip(*pairs)
+        what = f"post until Webex has it, ms, {rest_s:g} s after another; a commit and urllib"
+        row(what, ours, bare, "≤ 1.5", "{:.2f}")
 
 
 def measure_storm(folder: Path, load: Load) -> int:
@@ -521,7 +527,7 @@ def syncs_a_second(folder: Path) -> float:
 
 
 # === A profile ====================================================================================
-PROFILED = 10_000  # alarms
+PROFILED = 20_000  # alarms
 PARTS = {  # the innermost of these functions that runs has the time
     "_transaction": "begin and commit, without others to share it",
     "refusal": "asking for free space",
@@ -553,7 +559,7 @@ def sampled_us(handle: Callable[[], object], client: socket.socket) -> dict[str,
     go(PROFILED)  # all is warm then
     signal.signal(signal.SIGPROF, look)
     began_s = time.process_time()
-    signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
+    signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)  # of processor time, or each of its ticks
     go(2 * PROFILED)
     signal.setitimer(signal.ITIMER_PROF, 0)
     us = (time.process_time() - began_s) / PROFILED * 1e6
