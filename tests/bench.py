@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import PAYLOADS, PROGRAM, Relay, basic, environment, head
-from webex_standin import TOKEN, Fault, WebexStandIn
+from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
-ROUNDS, ROUND_S = 5, 0.9  # turns of each side, and how long one lasts
+ROUNDS, ROUND_S = 5, 0.8  # turns of each side, and how long one lasts
 WEBEX_S = 0.15  # that Webex takes for a message
 PACE, PACE_CONNECTIONS = 200, 4  # posts a second for the answer times
-RESTS = {0.02: 30, 0.2: 8}  # s before each message from post to room; messages in a turn
+RESTS = {0.02: 30, 0.2: 6}  # s before each message from post to room; messages in a turn
 STORM, STORM_CONNECTIONS, STORM_RATE = 10_000, 16, 5  # alarms; messages a second that Webex takes
 SIZES, WAITING, STARTS = (1_000, 100_000, 1_000_000), 100_000, 5
 GROWTH_ALARMS, GROWTH_PAGES = 400, 40  # in each turn
@@ -436,6 +436,15 @@ def measure_storm(folder: Path, load: Load) -> int:
     return missing
 
 
+def memory_after(relay: Relay, paths: Sequence[str]) -> float:
+    """Return the MiB that it takes at rest after an alarm to each path."""
+    for number, path in enumerate(paths):
+        relay.post(ALARM % (number, number), path)
+    relay.told(f" 0 waiting, {len(paths)} delivered")
+    time.sleep(1)
+    return memory_mib(relay)
+
+
 def measure_rest(folder: Path) -> None:
     """Count wake-ups without work, while the spools for what comes next are written."""
     with running(folder, "at once") as (relay, webex):
@@ -447,11 +456,13 @@ def measure_rest(folder: Path) -> None:
         time.sleep(max(0.0, began_s + IDLE_S - time.monotonic()))
         rate = (wakeups(relay) - before) / (time.monotonic() - began_s)
         row("wake-ups a second at rest", [rate], goal="≤ 2", form="{:.1f}")
-        rooms = {f"room_id_{number}": "id" for number in range(ROOMS)}
+        after_mib = memory_after(relay, ["/"] * 100)
+        rooms = {f"room_id_{number}": ROOM for number in range(ROOMS)}
         with relay_in(folder / "rooms", webex, **rooms) as many:
-            time.sleep(1)
-            more_mib = memory_mib(many) - memory_mib(relay)
-    row(f"memory at rest, {ROOMS} rooms more, MiB more", [more_mib], form="{:.1f}")
+            paths = ["/", *(f"/{number}" for number in range(ROOMS))]
+            more_mib = memory_after(many, paths * 5) - after_mib
+    row("memory after 100 alarms, MiB", [after_mib], form="{:.1f}")
+    row(f"memory, {ROOMS} rooms more, 5 alarms in each, MiB more", [more_mib], form="{:.1f}")
 
 
 def costs_ms(relay: Relay, webex: Any) -> Iterator[tuple[str, float]]:
@@ -527,7 +538,7 @@ def syncs_a_second(folder: Path) -> float:
 
 
 # === A profile ====================================================================================
-PROFILED = 20_000  # alarms
+PROFILED = 12_000  # alarms
 PARTS = {  # the innermost of these functions that runs has the time
     "_transaction": "begin and commit, without others to share it",
     "refusal": "asking for free space",
