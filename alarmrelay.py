@@ -286,7 +286,7 @@ def plain_text(markdown: str) -> str:  # ASCII, for a Webex that refuses a messa
 # Only this class touches the database. Each method is one transaction under one lock. What has
 # returned is on disk (sqlite.org/pragma.html, FULL with WAL). EXCLUSIVE first: no others open it.
 PRAGMAS = """PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-    PRAGMA cache_size = -256"""  # KiB; the kernel holds the file anyway
+    PRAGMA temp_store = MEMORY; PRAGMA cache_size = -256"""  # KiB; the kernel holds the file anyway
 # Each makes a file one of the next version; 0 has the tables of 1. uuid, down: filled on delivery.
 MIGRATIONS = (
     """CREATE TABLE IF NOT EXISTS alarm (

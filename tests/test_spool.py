@@ -49,6 +49,12 @@ def test_every_commit_is_synced_and_no_other_process_can_open_the_file(spool):
     assert pragma("locking_mode") == "exclusive"
 
 
+def test_sorts_need_no_temporary_directory_though_the_cache_is_small(spool):
+    pragmas = ("cache_size", "temp_store")
+    found = [spool._db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+    assert found == [-256, 2]  # KiB; MEMORY
+
+
 def test_alarms_come_out_oldest_first_and_once(spool):
     assert list(spool.store(*posted("1"))) == [1]
     assert list(spool.store(*posted("2", "3"))) == [2, 3]
