@@ -415,7 +415,7 @@ def test_a_stop_answers_requests_that_are_on_their_way(tmp_path, webex):
         relay.terminate()
         relay.told("STOPPING=1")
         for _ in range(50):  # until the listening socket is closed, at the latest
-            with contextlib.suppress(ConnectionRefusedError):
+            with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
                 Client(relay, OTHER).close()
                 continue
             break
