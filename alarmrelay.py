@@ -91,7 +91,7 @@ WEBEX_URL = rf"(https://{HOST}|http://(localhost|127\.[0-9.]+|\[::1\])){REST}"
 SETTINGS: Mapping[str, tuple[str, str, Callable[[str], Any], str]] = {
     "bearer_token": ("", WORD, str, "the Webex bot's token, in one word"),
     "room_id": ("", WORD, str, "the id of a Webex room, in one word"),
-    "room_id_NAME": ("", f"({WORD})?", str, "a room, for /NAME: a-z, 0-9, _, not healthz, metrics"),
+    "room_id_NAME": ("", f"({WORD})?", str, "a room's id; NAME: a-z, 0-9, _, not healthz, metrics"),
     "webhook_username": ("", f"(?!.*:){LINE}", str, "a name for vManage, without a colon"),
     "webhook_password": ("", LINE, str, "a password for vManage, in one line"),
     "listen": ("0.0.0.0:5001", r"([0-9.]+|\[.+\]):[0-9]{1,5}", parse_listen, "address:port"),
@@ -1166,14 +1166,14 @@ def main(run: Callable[[str], Any] = serve, argument: str = "") -> int:
 
         parser = argparse.ArgumentParser(description="Relay alarms from Cisco vManage to Webex.")
         parser.add_argument("--version", action="version", version=f"alarmrelay {__version__}")
-        command = parser.add_subparsers(metavar="COMMAND", required=True, help="none: relay alarms")
+        commands = parser.add_subparsers(metavar="COMMAND", help="none: relay alarms")
         for do in (check, preview, send, install):
-            one = command.add_parser(do.__name__, help=do.__doc__, description=do.__doc__)
+            one = commands.add_parser(do.__name__, help=do.__doc__, description=do.__doc__)
             one.set_defaults(run=do, argument="")
             if do in (preview, send):
                 one.add_argument("argument", nargs="?", default="", metavar="FILE", help="or -")
         one.add_argument("--root", dest="argument", default="", metavar="DIR")
-        arguments = parser.parse_args()
+        arguments = parser.parse_args(namespace=argparse.Namespace(run=run, argument=argument))
         run, argument = arguments.run, arguments.argument
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter())

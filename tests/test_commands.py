@@ -250,3 +250,9 @@ def test_an_unknown_command_is_a_usage_error(tmp_path):
     done = run({}, "instal")
     assert done.returncode == 2
     assert "invalid choice: 'instal'" in done.stderr
+
+
+def test_an_unknown_option_is_named():
+    done = run({}, "-v")
+    assert done.returncode == 2
+    assert "unrecognized arguments: -v" in done.stderr

@@ -169,13 +169,17 @@ def test_rooms_are_found_in_the_environment_and_among_the_credentials(tmp_path):
 )
 def test_a_room_whose_name_is_no_path_is_named(name):
     (line,) = problems(**{f"room_id_{name}": "some-room"})
-    assert line.startswith(f"room_id_{name}: expected a room, for /NAME")
+    assert line.startswith(
+        f"room_id_{name}: expected a room's id; NAME: a-z, 0-9, _, not healthz, metrics"
+    )
     assert "some-room" not in line
 
 
 def test_a_room_is_one_word():
     (line,) = problems(room_id_ops="two words")
-    assert line.startswith("room_id_ops: expected a room, for /NAME")
+    assert line.startswith(
+        "room_id_ops: expected a room's id; NAME: a-z, 0-9, _, not healthz, metrics"
+    )
 
 
 def test_a_user_name_with_a_colon_is_refused():

@@ -152,6 +152,17 @@ def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
     assert len(spool.store(*posted("a", request=b"r", received_ms=at - 86_400_000))) == 1
 
 
+def test_retention_deletes_in_steps_of_a_hundred_for_which_no_post_waits_long(spool):
+    spool.store(*posted(*map(str, range(250))))
+    while alarms := spool.oldest_waiting("/", [])[0]:
+        spool.set_delivered("/", "m", 1000, *alarms)
+    left = []
+    for _ in range(4):
+        spool.delete_delivered(2000)
+        left += spool._db.execute("SELECT count(*) FROM alarm").fetchone()
+    assert left == [150, 50, 0, 0]
+
+
 def test_a_delivery_not_yet_recorded_is_not_told_as_waiting(spool, monkeypatch):
     monkeypatch.setattr(spool, "delete_delivered", lambda: None)  # as on a full disk
     for received_ms in (1000, 2000, 3000):
