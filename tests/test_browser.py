@@ -17,8 +17,8 @@ from typing import Any, Callable
 
 import pytest
 from harness import PASSWORD, PAYLOADS, USERNAME, Relay
-from test_status import OPS, PAUSED, sentence, three_rooms
-from webex_standin import WebexStandIn
+from page import sentence
+from webex_standin import OPS, PAUSED, WebexStandIn, three_rooms
 
 CHROMIUM = shutil.which("chromium") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, environment
-from test_settings import run, run_as_nobody
+from harness import PROGRAM, environment, run, run_as_nobody
 from test_tls import make_pair, serving
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
@@ -142,7 +141,7 @@ def test_check_names_the_package_when_there_are_no_time_zones(tmp_path, webex):
 def test_one_setting_in_the_environment_and_those_of_the_host_are_not_taken(
     tmp_path, own, is_asked
 ):
-    """How those of the host are taken, by systemd itself, is shown in tests/hosts.py."""
+    """How those of the host are taken, by systemd itself, is shown in tests/tools/hosts.py."""
     (tmp_path / "alarmrelay.env").write_text("room_id=installed")
     systemd_run = tmp_path / "systemd-run"
     systemd_run.write_text("#!/bin/sh\necho systemd-run is asked\nexit 7\n")

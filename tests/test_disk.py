@@ -17,9 +17,8 @@ from datetime import timezone
 from pathlib import Path
 
 import pytest
-from harness import Relay, environment
-from test_settings import run
-from test_status import Page
+from harness import Relay, environment, run
+from page import Page
 from webex_standin import ROOM, Fault
 
 from alarmrelay import MIGRATIONS, Alarm, Courier, Refused, Spool

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Client, Relay, basic, head
+from harness import Client, Relay, basic, head, status_of
 from webex_standin import Fault
 
 NEIGHBOUR, OTHER = "127.0.0.2", "127.0.0.3"
@@ -70,12 +70,6 @@ def post_from(relay: Relay, host: str, number: int = 0) -> int:
         body = numbered(number)
         client.send(head(Content_Length=len(body)), body)
         return client.answer()[0]
-
-
-def status_of(relay: Relay, field: str) -> int:
-    """Return a number from /proc/PID/status: Threads, or VmRSS in KiB."""
-    text = Path(f"/proc/{relay.process.pid}/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])
 
 
 @pytest.fixture

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
-from harness import PAYLOADS, PROGRAM
+from harness import PAYLOADS, PROGRAM, RECORDED
 
 import alarmrelay
 from alarmrelay import Alarm, Refused, format_digest, parse_alarms, plain_text, show
@@ -21,7 +19,6 @@ from alarmrelay import Alarm, Refused, format_digest, parse_alarms, plain_text, 
 MADRID = ZoneInfo("Europe/Madrid")
 NOON_MS = 1_700_000_000_000  # Tue Nov 14 23:13:20 2023 CET
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
-RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
 
 
 def message(alarm: dict, delay_ms: int = 0) -> str:

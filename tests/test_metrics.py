@@ -10,10 +10,9 @@ import time
 from typing import Any
 
 import pytest
-from harness import PROGRAM, Relay, basic
-from test_project import README
-from test_status import FAST, PAUSED, Page, get, later, three_rooms
-from webex_standin import Fault
+from harness import FAST, PROGRAM, README, Relay, basic, later
+from page import Page, get
+from webex_standin import PAUSED, Fault, three_rooms
 
 from alarmrelay import __version__
 

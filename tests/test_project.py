@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM
+from harness import PROGRAM, README
 
 from alarmrelay import CONNECTIONS, SETTINGS
 
 TOP = PROGRAM.parent
-README = (TOP / "README.md").read_text(encoding="utf-8")
 UNIT = (TOP / "alarmrelay.service").read_text(encoding="utf-8")
 
 
@@ -118,7 +117,7 @@ def test_make_help_lists_every_target():
 
 
 def test_make_test_hosts_fails_and_says_why_where_it_cannot_run():
-    command = [sys.executable, str(Path(__file__).parent / "hosts.py")]
+    command = [sys.executable, str(Path(__file__).parent / "tools/hosts.py")]
     done = subprocess.run(
         command, env={"PATH": "/nonexistent"}, capture_output=True, text=True, check=False
     )

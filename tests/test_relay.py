@@ -22,13 +22,12 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PASSWORD, PAYLOADS, PROGRAM, Client, Relay, basic, head
+from harness import PASSWORD, PAYLOADS, PROGRAM, RECORDED, Client, Relay, basic, head
 from webex_standin import TOKEN, Fault, WebexStandIn
 
 from alarmrelay import Alarm, Spool
 
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
-RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
 WORKSHOP_MESSAGE = (
     "Team, **Alarm Event** : System_Reboot_Issued, **Message** : The device rebooted, is received "
     "from vManage and here are the complete details<br>**Severity:** 🔴 Critical<br>"

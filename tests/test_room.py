@@ -14,8 +14,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from conftest import START_S, courier_of
-from harness import PAYLOADS, Relay
-from test_message import RECORDED
+from harness import PAYLOADS, RECORDED, Relay
 from webex_standin import ROOM, Fault, WebexStandIn
 
 import alarmrelay

@@ -12,8 +12,7 @@ from datetime import datetime
 from zoneinfo import ZoneInfo
 
 import pytest
-from harness import PAYLOADS, PROGRAM, Relay, environment, program
-from test_settings import run
+from harness import PAYLOADS, PROGRAM, Relay, environment, program, run
 from test_tls import make_pair, secured
 
 from alarmrelay import SAMPLE

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, Relay, environment
+from harness import PROGRAM, Relay, environment, run
 
 from alarmrelay import SETTINGS, RelayError, read_settings
 
@@ -25,25 +23,6 @@ def problems(**changes: str) -> list[str]:
         read_settings({**GOOD, **changes})
     assert caught.value.status == 78
     return str(caught.value).splitlines()
-
-
-def run(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "dev", str(PROGRAM), *arguments]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30)
-
-
-def run_as_nobody(
-    folder: Path, environ: dict[str, str], *arguments: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a copy of the program in this folder of pytest's as a user without rights."""
-    for path in (folder, *list(folder.parents)[:2]):
-        path.chmod(0o755)
-    program = folder / PROGRAM.name
-    program.write_bytes(PROGRAM.read_bytes())
-    command = ["/usr/bin/python3", str(program), *arguments]
-    return subprocess.run(
-        command, env=environ, user=65534, capture_output=True, text=True, timeout=30
-    )
 
 
 def test_systemd_is_told_why_there_is_no_start():

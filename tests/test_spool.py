@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from harness import Relay, environment
+from harness import Relay, environment, run
 
 import alarmrelay
 from alarmrelay import Alarm, Refused, Spool
@@ -342,8 +342,6 @@ def test_every_request_of_a_failed_commit_hears_of_it(tmp_path):
 
 
 def test_a_second_relay_on_the_same_directory_ends_with_75_and_says_so(tmp_path, relay):
-    from test_settings import run
-
     done = run(environment(tmp_path, relay.environ["webex_url"]))
     assert done.returncode == 75
     assert "another relay" in done.stderr

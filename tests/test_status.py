@@ -7,87 +7,14 @@ import re
 import threading
 import time
 from datetime import datetime, timedelta
-from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from harness import PAYLOADS, Relay, basic
-from test_door import status_of
-from webex_standin import Fault, WebexStandIn
+from harness import FAST, PAYLOADS, Relay, basic, later, status_of
+from page import Page, get, sentence
+from webex_standin import NOC, OPS, PAUSED, Fault, three_rooms
 
 from alarmrelay import TICK_S, Alarm
-
-OPS, NOC = "room-of-operations", "room-of-the-noc"
-FAST = dict.fromkeys(("TICK_S", "HOLD_S", "PAUSE_MIN_S", "RETRY_S"), 0.05)
-PAUSED = Fault(status=429, headers={"Retry-After": "3600"})
-
-
-def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:
-    """Return status, headers and body; the request has credentials unless it has other headers."""
-    client = relay.connect()
-    client.request(method, path, None, headers or {"Authorization": basic()})
-    response = client.getresponse()
-    text = response.read().decode()
-    client.close()
-    return response.status, response.headers, text
-
-
-class Page(HTMLParser):
-    """What the status page of a relay shows."""
-
-    def __init__(self, relay: Relay) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.h1: list[str] = []  # its class and its text
-        self.rows: dict[str, list[list[str]]] = {}  # by the table's class; class and cells of each
-        self.place: list[str] = []  # where text goes
-        status, self.headers, self.text = get(relay, "/")
-        assert status == 200
-        self.feed(self.text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        found = dict(attrs)
-        self.tags.append((tag, found))
-        if tag == "table":
-            self.table = self.rows.setdefault(found["class"], [])
-        elif tag == "tr":
-            self.table.append([found.get("class") or ""])
-        elif tag in ("h1", "td"):
-            self.place = self.h1 if tag == "h1" else self.table[-1]
-            self.place += [found["class"], ""] if tag == "h1" else [""]
-
-    def handle_endtag(self, tag: str) -> None:
-        self.place = []
-
-    def handle_data(self, data: str) -> None:
-        if self.place:
-            self.place[-1] += data
-
-
-def sentence(said: str) -> str:
-    """Return what a status says, without its countdown."""
-    said = said.replace("STATUS=", "").partition("; listening on ")[0]
-    return re.sub(r"again in \d+ s", "again", said)
-
-
-def three_rooms(webex: WebexStandIn) -> dict[str, str]:
-    """Return the settings of two more rooms."""
-    webex.rooms |= {OPS, NOC}
-    return {"room_id_ops": OPS, "room_id_noc": NOC}
-
-
-def later(folder: Path, hours: float) -> dict[str, str]:
-    """Put the clock so many hours ahead of relays with this environment, also while they run."""
-    clock = folder / "ahead"
-    (folder / "ahead.new").write_text(str(hours * 3600))
-    (folder / "ahead.new").replace(clock)
-    lines = f"import time, pathlib; now, ahead = time.time, pathlib.Path({str(clock)!r})"
-    lines += "\ntime.time = lambda: now() + float(ahead.read_text())\n"
-    (folder / "sitecustomize.py").write_text(lines)
-    return {"PYTHONPATH": str(folder)}
 
 
 def test_metrics_and_page_need_credentials_and_health_does_not(relay):

@@ -16,8 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, Relay, basic, environment, head
-from test_settings import run_as_nobody
+from harness import PROGRAM, Relay, basic, environment, head, run_as_nobody
 from webex_standin import WebexStandIn
 
 from alarmrelay import read_settings

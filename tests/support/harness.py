@@ -22,8 +22,12 @@ from typing import Any
 
 import webex_standin
 
-PROGRAM = Path(__file__).resolve().parent.parent / "alarmrelay.py"
-PAYLOADS = Path(__file__).resolve().parent / "payloads"
+TESTS = Path(__file__).resolve().parents[1]
+PROGRAM = TESTS.parent / "alarmrelay.py"
+README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+PAYLOADS = TESTS / "payloads"  # alarms, each with the message it must become
+RECORDED = sorted(Path(os.environ.get("ALARMRELAY_PAYLOADS", PAYLOADS)).glob("*.json"))
+FAST = dict.fromkeys(("TICK_S", "HOLD_S", "PAUSE_MIN_S", "RETRY_S"), 0.05)  # limits that hurry
 NUMBERS = itertools.count()
 USERNAME, PASSWORD = "vmanage", "correct horse: battery"
 
@@ -179,6 +183,43 @@ class Relay:
         finally:
             if connection is None:
                 client.close()
+
+
+def run(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program with a command or an option to its end, in this environment alone."""
+    command = [sys.executable, "-X", "dev", str(PROGRAM), *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30)
+
+
+def run_as_nobody(
+    folder: Path, environ: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the program in this folder of pytest's as a user without rights."""
+    for path in (folder, *list(folder.parents)[:2]):
+        path.chmod(0o755)
+    program = folder / PROGRAM.name
+    program.write_bytes(PROGRAM.read_bytes())
+    command = ["/usr/bin/python3", str(program), *arguments]
+    return subprocess.run(
+        command, env=environ, user=65534, capture_output=True, text=True, timeout=30
+    )
+
+
+def status_of(relay: Relay, field: str) -> int:
+    """Return a number from /proc/PID/status: Threads, or VmRSS in KiB."""
+    text = Path(f"/proc/{relay.process.pid}/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])
+
+
+def later(folder: Path, hours: float) -> dict[str, str]:
+    """Put the clock so many hours ahead of relays with this environment, also while they run."""
+    clock = folder / "ahead"
+    (folder / "ahead.new").write_text(str(hours * 3600))
+    (folder / "ahead.new").replace(clock)
+    lines = f"import time, pathlib; now, ahead = time.time, pathlib.Path({str(clock)!r})"
+    lines += "\ntime.time = lambda: now() + float(ahead.read_text())\n"
+    (folder / "sitecustomize.py").write_text(lines)
+    return {"PYTHONPATH": str(folder)}
 
 
 class Client:

@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 from harness import PAYLOADS, Relay, basic
 from webex_standin import Fault, WebexStandIn
 

@@ -22,7 +22,9 @@ GOOD = (0, 5)  # pytest's exit status: all passed; none selected, by -k in PYTES
 def main() -> int:
     """Print the output of each process, and the sum; return 0 if all tests have passed."""
     began_s, counts, running = time.monotonic(), dict[str, int](), list[subprocess.Popen[bytes]]()
-    paths = sorted(Path(__file__).parent.glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    paths = sorted(
+        Path(__file__).resolve().parents[1].glob("test_*.py"), key=lambda path: -path.stat().st_size
+    )
     shares, status = [paths[number::SHARES] for number in range(SHARES)], 0
 
     def run(share: list[Path]) -> tuple[int, str]:

@@ -34,6 +34,8 @@ from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 from harness import PAYLOADS, PROGRAM, Relay, basic, environment, head
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 

@@ -24,14 +24,15 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from harness import PAYLOADS, PROGRAM, basic
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from harness import PAYLOADS, PROGRAM, README, basic
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
 ENTER = ["-m", "-u", "-i", "-n", "-p", "-r", "-w"]  # all of its namespaces, root and directory
 SUITES = {"bullseye": "Debian 11", "bookworm": "Debian 12", "trixie": "Debian 13"}
 PACKAGES = "systemd,systemd-sysv,dbus,python3,tzdata,iproute2,curl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alarmrelay-hosts")
-README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 SETTINGS = """
 bearer_token={token}
 room_id={room}

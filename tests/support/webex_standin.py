@@ -23,6 +23,8 @@ from typing import Any, Callable
 
 TOKEN = "bot-token-of-the-stand-in"
 ROOM = "Y2lzY29zcGFyazovL3VzL1JPT00vc3RhbmQtaW4"
+OPS = "room-of-operations"
+NOC = "room-of-the-noc"
 MESSAGE_BYTES = 7439
 
 
@@ -39,6 +41,9 @@ class Fault:
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None  # None: an error as Webex words it
+
+
+PAUSED = Fault(status=429, headers={"Retry-After": "3600"})
 
 
 class WebexStandIn:
@@ -136,6 +141,12 @@ class WebexStandIn:
         if any(len(text.encode()) > MESSAGE_BYTES for text in texts):
             return 400, "Message length is limited to 7439 bytes."
         return None
+
+
+def three_rooms(webex: WebexStandIn) -> dict[str, str]:
+    """Return the settings of two more rooms."""
+    webex.rooms |= {OPS, NOC}
+    return {"room_id_ops": OPS, "room_id_noc": NOC}
 
 
 class Server(http.server.ThreadingHTTPServer):
