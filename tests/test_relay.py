@@ -169,7 +169,7 @@ def test_webex_down_is_no_reason_to_be_unhealthy(relay, webex):
 
 def test_an_outage_is_ridden_out_and_the_doubling_wait_is_kept(tmp_path, webex):
     webex.faults.extend([Fault(status=503), Fault(reset_before=True)])
-    with Relay(tmp_path, webex.url, {"RETRY_S": 0.2}) as relay:
+    with Relay(tmp_path, webex.url, {"RETRY_S": 0.05}) as relay:
         for number in range(5):
             relay.post(numbered(number))
         webex.wait_for(lambda: len(webex.alarms()) == 5)
