@@ -53,7 +53,7 @@ def sample(name: str, minutes: float) -> dict[str, Any]:
 
 def storm() -> list[dict[str, Any]]:
     """Return what vManage sends when a hub goes down: each branch loses two tunnels."""
-    alarms = []
+    alarms: list[dict[str, Any]] = []
     for branch in BRANCHES:
         for color in COLORS:
             alarm = sample("bfd_tloc_down", 0)
