@@ -7,6 +7,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
+from harness import Client as Connection
 from harness import Relay
 from webex_standin import ROOM, TOKEN, WebexStandIn
 
@@ -19,6 +20,29 @@ START_S = datetime(2024, 3, 8, 8, 0, 0, tzinfo=timezone.utc).timestamp()
 def webex():
     with WebexStandIn() as standin:
         yield standin
+
+
+@pytest.fixture(scope="module")
+def lasting_webex():
+    """One for all tests of a file."""
+    with WebexStandIn() as standin:
+        standin.rooms.add("room-of-operations")
+        yield standin
+
+
+@pytest.fixture(scope="module")
+def lasting_relay(tmp_path_factory, lasting_webex: WebexStandIn):
+    """A relay for all tests of a file, with one more room."""
+    directory = tmp_path_factory.mktemp("lasting")
+    with Relay(directory, lasting_webex.url, room_id_ops="room-of-operations") as running:
+        yield running
+
+
+@pytest.fixture
+def client(lasting_relay: Relay):
+    """A connection to the lasting relay, to write bytes into."""
+    with Connection(lasting_relay) as connected:
+        yield connected
 
 
 @pytest.fixture

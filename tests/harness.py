@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import webex_standin
 
@@ -30,6 +31,15 @@ USERNAME, PASSWORD = "vmanage", "correct horse: battery"
 
 def basic(username: str = USERNAME, password: str = PASSWORD) -> str:
     return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+def alarm(size: int = 0) -> bytes:
+    """Return an alarm like no other, since the same bytes again are a duplicate."""
+    return json.dumps({"message": marker(), "consumed_events": ["x" * size]}).encode()
+
+
+def marker() -> str:
+    return f"marker {next(NUMBERS):09}"
 
 
 def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[str, str]:
@@ -202,7 +212,7 @@ class Client:
     def send(self, *parts: bytes) -> None:
         self.socket.sendall(b"".join(parts))
 
-    def answer(self, has_body: bool = True) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, has_body: bool = True) -> Answer:
         status_line = self.stream.readline().decode()
         version, status, _ = status_line.split(" ", 2)
         assert version == "HTTP/1.1"
@@ -211,10 +221,30 @@ class Client:
             name, _, value = line.partition(": ")
             headers[name.lower()] = value
         length = int(headers["content-length"]) if has_body else 0
-        return int(status), headers, self.stream.read(length)
+        return Answer(int(status), headers, self.stream.read(length))
+
+    def ask(self, *parts: bytes) -> Answer:
+        """Send a request and read its answer."""
+        self.send(*parts)
+        return self.answer()
 
     def is_closed(self) -> bool:
+        """Tell whether nothing but an orderly end follows; a reset raises."""
         return self.stream.read(1) == b""
+
+    def is_left_alone(self) -> bool:
+        """Tell whether the relay has neither answered nor closed the connection."""
+        return not select.select([self.socket], [], [], 0)[0]
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
 
 
 def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **fields: object) -> bytes:
@@ -223,3 +253,37 @@ def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **field
         lines.append(f"Authorization: {authorization or basic()}")
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def posted(body: bytes | None = None, **fields: object) -> bytes:
+    """Return a whole request, with this body or an alarm of its own."""
+    body = alarm() if body is None else body
+    return head(**{"Content_Length": len(body), **fields}) + body
+
+
+def chunked(body: bytes, size: int, extension: bytes = b"") -> bytes:
+    """Return a body in chunks of so many bytes."""
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    chunks = [b"%x%s\r\n%s\r\n" % (len(part), extension, part) for part in parts]
+    return b"".join(chunks) + b"0\r\n\r\n"
+
+
+def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:
+    """Return status, headers and body; the request has credentials unless it has other headers."""
+    client = relay.connect()
+    client.request(method, path, None, headers or {"Authorization": basic()})
+    response = client.getresponse()
+    text = response.read().decode()
+    client.close()
+    return response.status, response.headers, text
+
+
+def status_of(relay: Relay, field: str) -> int:
+    """Return a number from /proc/PID/status: Threads, or VmRSS in KiB."""
+    text = Path(f"/proc/{relay.process.pid}/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])
+
+
+def descriptors_of(relay: Relay) -> int:
+    """Return how many files and sockets it has open."""
+    return len(list(Path(f"/proc/{relay.process.pid}/fd").iterdir()))

@@ -11,14 +11,13 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from harness import Client, Relay, basic, head
+from harness import Client, Relay, basic, head, status_of
 from webex_standin import Fault
 
 NEIGHBOUR, OTHER = "127.0.0.2", "127.0.0.3"
@@ -72,12 +71,6 @@ def post_from(relay: Relay, host: str, number: int = 0) -> int:
         return client.answer()[0]
 
 
-def status_of(relay: Relay, field: str) -> int:
-    """Return a number from /proc/PID/status: Threads, or VmRSS in KiB."""
-    text = Path(f"/proc/{relay.process.pid}/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])
-
-
 @pytest.fixture
 def hasty(tmp_path, webex):
     """A relay that waits for nobody for longer than 0.4 seconds."""
@@ -125,22 +118,6 @@ def test_a_refused_body_that_drips_in_is_not_read_to_its_end(hasty):
                 client.send(b"x")
                 time.sleep(0.01)
             pytest.fail("the relay listens to it for ever")
-
-
-@pytest.mark.pitfall(21)
-def test_who_sends_a_large_body_without_credentials_reads_why_it_is_refused(relay):
-    for _ in range(10):
-        with Client(relay) as client:
-            client.send(head(authorization=None, Content_Length=8 * 2**20), b"x" * (8 * 2**20))
-            assert client.answer()[0] == 401
-
-
-def test_only_a_bounded_part_of_a_body_without_credentials_is_taken_apart(relay):
-    with Client(relay) as client:
-        client.send(head(authorization=None, Transfer_Encoding="chunked"))
-        client.send(b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n", head("GET /healthz HTTP/1.1"))
-        assert client.answer()[0] == 401
-        assert client.is_closed()
 
 
 @pytest.mark.pitfall(2)
@@ -461,65 +438,6 @@ alarmrelay.Spool.store = refuse
         assert relay.post({}) == (503, {"error": "the disk"})
 
 
-@pytest.mark.pitfall(10)
-def test_a_header_has_a_bound_as_a_whole(relay):
-    with Client(relay) as client:
-        fields = "".join(f"X-{number}: {'x' * 65_000}\r\n" for number in range(100))
-        before_kib = status_of(relay, "VmRSS")
-        with contextlib.suppress(OSError):  # the relay stops reading
-            client.send(b"POST / HTTP/1.1\r\n" + fields.encode())
-        status, headers, body = client.answer()
-        assert (status, headers["connection"]) == (431, "close")
-        assert "131072" in json.loads(body)["error"]
-    with Client(relay) as client:
-        client.send(b"POST / HTTP/1.1\r\n" + b"x:\r\n" * 101)
-        status, headers, body = client.answer()
-        assert (status, headers["connection"]) == (431, "close")
-        assert "100 fields" in json.loads(body)["error"]
-    assert status_of(relay, "VmRSS") < before_kib + 3000
-    assert post_from(relay, OTHER) == 200
-
-
-@pytest.mark.pitfall(12)
-@pytest.mark.parametrize(
-    ("authorization", "length", "status"),
-    [(None, 100, 401), ("Basic eDp5", 100, 401), ("", 5 * 2**20, 413)],
-)
-def test_a_body_that_will_be_refused_is_not_asked_for(relay, authorization, length, status):
-    with Client(relay) as client:
-        client.send(head(authorization=authorization, Content_Length=length, Expect="100-continue"))
-        found, headers, _ = client.answer()
-        # Whether such a client now sends its body nobody can know.
-        assert (found, headers["connection"]) == (status, "close")
-        assert client.is_closed()
-
-
-@pytest.mark.pitfall(12)
-def test_a_body_is_asked_for_once_all_else_is_right(relay):
-    with Client(relay) as client:
-        for number in range(2):
-            body = numbered(number)
-            client.send(head(Content_Length=len(body), Expect="100-Continue"))
-            assert client.stream.readline() == b"HTTP/1.1 100 Continue\r\n"
-            assert client.stream.readline() == b"\r\n"
-            client.send(body)
-            assert client.answer()[0] == 200
-
-
-@pytest.mark.pitfall(20)
-def test_a_client_that_resets_the_connection_is_at_most_one_line(relay):
-    body = numbered(1)
-    parts = [b"", b"POST /", head(Content_Length=50), head(Content_Length=len(body)) + body]
-    for part in [*parts, head(authorization=None, Content_Length=10**6) + b"x" * 10**6] * 5:
-        with Client(relay) as client:
-            client.send(part)
-            linger = struct.pack("ii", 1, 0)  # close with a reset
-            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    assert post_from(relay, OTHER) == 200
-    for line in relay.log().splitlines():
-        assert re.match(r"\S+ \S+ (INFO|WARNING) (alarmrelay|alarm|127\.0\.0\.\d) ", line), line
-
-
 SILENT_NAME_SERVER = """
 for file in resolv.conf nsswitch.conf hosts; do mount --bind "$1/$file" /etc/$file || exit 99; done
 shift; exec "$@"
@@ -573,40 +491,3 @@ def test_a_refused_delivery_leaves_no_descriptor_behind(tmp_path, webex):
         before = len(list(folder.iterdir()))
         webex.wait_for(lambda: len(webex.requests) > 50)
         assert len(list(folder.iterdir())) < before + 10
-
-
-CREDENTIALS = {
-    "too much padding": basic().encode() + b"==",
-    "padding in between": b"Basic =" + basic().split()[1].encode(),
-    "a space of another kind": basic().encode() + b"\xa0",
-    "no colon": basic("").split()[1].encode(),
-    "100 KB": b"Basic " + b"QUFB" * 25_000,
-    "100 KB of no base64": b"Basic " + b"=" * 100_000,
-    "not UTF-8": b"Basic \xff\xfe",
-    "a colon too many": basic("vmanage:").encode(),
-}
-
-
-@pytest.mark.parametrize("authorization", CREDENTIALS.values(), ids=CREDENTIALS.keys())
-def test_odd_credentials_get_a_401_and_the_line_that_fail2ban_looks_for(relay, authorization):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    expression = re.search(r"^ *failregex = (.+)$", readme, re.MULTILINE)[1]
-    with Client(relay, OTHER) as client:
-        client.send(b"POST / HTTP/1.1\r\nAuthorization: %b\r\n" % authorization)
-        client.send(b"Content-Length: 1000000\r\n\r\n")  # which is not sent
-        assert client.answer()[0] == 401
-    assert post_from(relay, OTHER) == 200
-    found = re.compile(expression.replace("<HOST>", r"(?P<host>\S+)"))
-    lines = [line.split(" ", 2)[2] for line in relay.log().splitlines()]  # without the time
-    hosts = [match["host"] for match in map(found.search, lines) if match]
-    assert hosts == [OTHER]
-
-
-def test_an_alarm_cannot_write_the_line_that_fail2ban_looks_for(relay):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    expression = re.search(r"^ *failregex = (.+)$", readme, re.MULTILINE)[1]
-    text = "WARNING 192.0.2.1 refused: 401 wrong credentials"
-    relay.post({"rule_name_display": text, "uuid": f"\n{text}", "message": text})
-    found = re.compile(expression.replace("<HOST>", r"(?P<host>\S+)"))
-    for line in relay.log().splitlines():
-        assert not found.search(line.split(" ", 2)[2])

@@ -1,4 +1,4 @@
-"""What systemd and whoever watches are told: STATUS=, /healthz and the page; who may see what."""
+"""What systemd and whoever watches are told: STATUS=, /healthz and the page."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from harness import PAYLOADS, Relay, basic
-from test_door import status_of
+from harness import PAYLOADS, Relay, get, status_of
 from webex_standin import Fault, WebexStandIn
 
 from alarmrelay import TICK_S, Alarm
@@ -22,16 +21,6 @@ from alarmrelay import TICK_S, Alarm
 OPS, NOC = "room-of-operations", "room-of-the-noc"
 FAST = dict.fromkeys(("TICK_S", "HOLD_S", "PAUSE_MIN_S", "RETRY_S"), 0.05)
 PAUSED = Fault(status=429, headers={"Retry-After": "3600"})
-
-
-def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:
-    """Return status, headers and body; the request has credentials unless it has other headers."""
-    client = relay.connect()
-    client.request(method, path, None, headers or {"Authorization": basic()})
-    response = client.getresponse()
-    text = response.read().decode()
-    client.close()
-    return response.status, response.headers, text
 
 
 class Page(HTMLParser):
@@ -88,27 +77,6 @@ def later(folder: Path, hours: float) -> dict[str, str]:
     lines += "\ntime.time = lambda: now() + float(ahead.read_text())\n"
     (folder / "sitecustomize.py").write_text(lines)
     return {"PYTHONPATH": str(folder)}
-
-
-def test_metrics_and_page_need_credentials_and_health_does_not(relay):
-    for wrong in ({"X": "none"}, {"Authorization": basic(password="wrong")}):
-        for path in ("/metrics", "/"):
-            status, headers, text = get(relay, path, **wrong)
-            assert (status, headers["WWW-Authenticate"].split()[0]) == (401, "Basic")
-            assert json.loads(text)["error"].endswith("credentials")
-    assert get(relay, "/healthz", X="none")[::2] == (200, '{"status": "ok"}')
-
-
-ALLOWED = {"/": "GET, POST", "/ops": "POST", "/metrics": "GET", "/healthz": "GET"}
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "BREW"])
-def test_another_method_is_told_which_is_allowed(tmp_path, webex, method):
-    with Relay(tmp_path, webex.url, **three_rooms(webex)) as relay:
-        for path, allowed in ALLOWED.items():
-            if method not in allowed.split(", "):
-                status, headers, _ = get(relay, path, method)
-                assert (status, headers["Allow"]) == (405, allowed)
 
 
 REASONS = {  # what Webex does, the words, what to do, the class on the page
