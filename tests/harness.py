@@ -18,6 +18,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,6 +268,61 @@ def chunked(body: bytes, size: int, extension: bytes = b"") -> bytes:
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     chunks = [b"%x%s\r\n%s\r\n" % (len(part), extension, part) for part in parts]
     return b"".join(chunks) + b"0\r\n\r\n"
+
+
+@contextlib.contextmanager
+def crowd(relay: Relay, count: int, start: bytes = b"", host: str = "127.0.0.2"):
+    """So many clients that have sent this start of a request, if they were let."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(relay, host)) for _ in range(count)]
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.send(start)
+        yield clients
+
+
+@contextlib.contextmanager
+def flood(relay: Relay, count: int):
+    """Let so many clients send requests all the time, and never wait for an answer."""
+    hung_up = threading.Event()
+
+    def send(client: Client) -> None:
+        with contextlib.suppress(OSError):
+            while not hung_up.is_set():
+                client.send(head("GET /healthz HTTP/1.1", None) * 100)
+
+    def read(client: Client) -> None:
+        with contextlib.suppress(OSError):
+            while client.socket.recv(65536):
+                pass
+
+    with crowd(relay, count) as clients, ThreadPoolExecutor(2 * count) as pool:
+        try:
+            for client in clients:
+                pool.submit(send, client)
+            assert clients[0].socket.recv(100)  # it is being served
+            for client in clients:
+                pool.submit(read, client)
+            yield
+        finally:
+            hung_up.set()
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.socket.shutdown(socket.SHUT_RDWR)
+
+
+def post_from(relay: Relay, host: str) -> int:
+    """Post an alarm from this loopback address on a connection of its own; return the status."""
+    with Client(relay, host) as client:
+        return client.ask(posted()).status
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 30) -> None:
+    """Wait for what sends no sign when it comes."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:

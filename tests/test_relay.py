@@ -188,70 +188,6 @@ def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
     assert numbers(webex) == [1]
 
 
-def wait_until_nothing_listens(relay: Relay) -> None:
-    """Wait until the stop is past the accept loop; only then does it wait for what is under way."""
-    while is_taken(relay.port):
-        pass
-
-
-@pytest.mark.pitfall(14)
-def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
-    relay = Relay(tmp_path, webex.url).start()
-    idle, busy = relay.connect(), relay.connect()
-    idle.request("POST", "/", json.dumps(numbered(0)).encode(), {"Authorization": basic()})
-    idle.getresponse().read()  # from now on this connection is idle, and must not be waited for
-    body = json.dumps(numbered(1)).encode()
-    busy.putrequest("POST", "/")
-    busy.putheader("Authorization", basic())
-    busy.putheader("Content-Length", str(len(body)))
-    busy.endheaders(body[:10])
-    relay.post(numbered(2))  # answered after the relay has begun to read the one above
-    relay.terminate()
-    relay.told("STOPPING=1")
-    wait_until_nothing_listens(relay)
-    with pytest.raises(subprocess.TimeoutExpired):
-        relay.process.wait(0.5)  # it waits for us
-    busy.send(body[10:])
-    assert busy.getresponse().status == 200
-    assert relay.process.wait(20) == 0
-    assert "Traceback" not in relay.log()
-    assert "Warning" not in relay.log()
-    idle.close()
-    busy.close()
-    with Relay(tmp_path, webex.url):
-        webex.wait_for(lambda: {1, 2} <= {n for n in numbers(webex) if n})
-
-
-def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex):
-    release = threading.Event()
-    webex.faults.append(Fault(take=True, status=200, hold=release))
-    with Relay(tmp_path, webex.url) as relay:
-        slow = relay.connect()  # a request under way, for which the stop waits
-        slow.putrequest("POST", "/")
-        slow.endheaders()
-        relay.post(numbered(1))
-        relay.post(numbered(2))
-        webex.wait_for(lambda: webex.requests)
-        relay.terminate()
-        relay.told("STOPPING=1")
-        wait_until_nothing_listens(relay)
-        slow.close()
-        with pytest.raises(subprocess.TimeoutExpired):
-            relay.process.wait(0.5)  # it waits for Webex
-        release.set()
-        assert relay.process.wait(20) == 0
-    assert len(webex.requests) == 1
-    with Relay(tmp_path, webex.url):
-        webex.wait_for(lambda: len(webex.messages) >= 2)
-    assert numbers(webex) == [1, 2]  # the first was recorded, and not sent again
-
-
-@pytest.mark.pitfall(15)
-def test_ctrl_c_stops_it_as_well(relay):
-    relay.process.send_signal(signal.SIGINT)
-    assert relay.process.wait(20) == 0
-
-
 def test_systemd_is_told_at_a_path_as_well(tmp_path, webex):
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -385,15 +321,6 @@ def test_webex_cannot_forge_a_line_of_the_log(tmp_path, webex):
     for line in relay.log().split("\n"):  # and not at what else splitlines() takes for an end
         assert line.isprintable()
         assert not line.startswith("<0>")
-
-
-def test_a_client_that_says_nothing_does_not_keep_the_relay_from_stopping(tmp_path, webex):
-    with Relay(tmp_path, webex.url) as relay:
-        silent = relay.connect()
-        silent.connect()
-        relay.post(numbered(1))
-        assert relay.stop() == 0
-        silent.close()
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
