@@ -53,8 +53,7 @@ def test_an_array_is_accepted_as_so_many_alarms(lasting_relay, lasting_webex):
     texts = [marker() for _ in range(3)]
     answer = lasting_relay.post([{"message": text} for text in texts])
     assert answer == (200, {"status": "accepted"})
-    for text in texts:
-        lasting_webex.wait_for(lambda text=text: text in "".join(lasting_webex.texts()))
+    lasting_webex.wait_for_texts(*texts)
 
 
 def test_an_array_is_no_way_around_the_limits(client):
@@ -74,7 +73,7 @@ def test_the_same_bytes_again_are_a_duplicate_and_stand_in_the_room_once(
     assert lasting_relay.post(body + b" ") == (200, {"status": "accepted"})
     assert lasting_relay.post(body) == (200, {"status": "duplicate"})
     lasting_relay.post({"message": last})
-    lasting_webex.wait_for(lambda: last in "".join(lasting_webex.texts()))
+    lasting_webex.wait_for_texts(last)
     assert "".join(lasting_webex.alarms()).count(text) == 2
 
 
@@ -316,7 +315,7 @@ def test_chunks_are_decoded(client, lasting_webex, size, extension):
     again = client.ask(head(Transfer_Encoding="Chunked"), chunked(body, size, extension))
     assert again.json == {"status": "duplicate"}
     assert client.ask(posted(body)).json == {"status": "duplicate"}
-    lasting_webex.wait_for(lambda: text in "".join(lasting_webex.texts()))
+    lasting_webex.wait_for_texts(text)
 
 
 CHUNKED = head(Transfer_Encoding="chunked")

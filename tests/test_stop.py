@@ -50,7 +50,7 @@ def test_a_stop_waits_for_a_request_in_flight_but_not_for_who_has_nothing_to_say
         assert (answer.status, answer.headers["connection"]) == (200, "close")
         assert relay.process.wait(20) == 0
     with Relay(tmp_path, webex.url):
-        webex.wait_for(lambda: json.loads(body)["message"] in "".join(webex.texts()))
+        webex.wait_for_texts(json.loads(body)["message"])
 
 
 @pytest.mark.pitfall(14)
