@@ -36,9 +36,6 @@ def assert_usable(client: Client) -> None:
     assert client.ask(posted()).json == {"status": "accepted"}
 
 
-# --- Alarms ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.pitfall(18)
 def test_an_alarm_is_accepted_and_the_answer_names_no_version(client):
     answer = client.ask(posted())
@@ -93,9 +90,6 @@ def test_what_is_no_alarm_gets_a_400_that_says_so(client, body):
 )
 def test_the_content_type_is_not_looked_at(client, content_type):
     assert client.ask(posted(Content_Type=content_type)).status == 200
-
-
-# --- Connections ----------------------------------------------------------------------------------
 
 
 def test_pipelined_requests_are_answered_in_order(client):
@@ -161,9 +155,6 @@ def test_ipv6(tmp_path, lasting_webex):
             connection.sendall(posted())
             assert stream.readline().startswith(b"HTTP/1.1 200 ")
         relay.wait_for_log("sender=::1")
-
-
-# --- Credentials ----------------------------------------------------------------------------------
 
 
 def encoded(text: str) -> bytes:
@@ -252,9 +243,6 @@ def test_health_alone_is_shown_without_credentials(lasting_relay):
         assert (status, text) == (200, '{"status": "ok"}')
 
 
-# --- Routes ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("target", ["http://relay:5001/", "/?source=vmanage"])
 def test_an_absolute_target_is_taken_and_a_query_passed_over(client, target):
     assert client.ask(posted(start=f"POST {target} HTTP/1.1")).status == 200
@@ -293,9 +281,6 @@ def test_another_method_is_told_which_is_allowed(client, path, allowed):
     assert_usable(client)
 
 
-# --- Framing --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("path", "status"), [("/healthz", 200), ("/", 200), ("/nowhere", 404)])
 def test_the_body_of_a_get_is_not_taken_for_the_next_request(client, path, status):
     inner = head("GET /healthz HTTP/1.1")
@@ -318,69 +303,99 @@ def test_chunks_are_decoded(client, lasting_webex, size, extension):
     lasting_webex.wait_for_texts(text)
 
 
-CHUNKED = head(Transfer_Encoding="chunked")
-BAD_FRAMING = {
-    "two lengths": (head(Content_Length="5\r\nContent-Length: 5"), 400),
-    "two different lengths": (head(Content_Length="5\r\ncontent-length: 50"), 400),
-    "length and chunked": (
-        head(Content_Length=12, Transfer_Encoding="chunked") + b"2\r\n{}\r\n0\r\n\r\n",
-        400,
-    ),
-    "two credentials": (head(Authorization=basic(), Content_Length=5), 400),
-    "two hosts": (head(Host="relay", Content_Length=5), 400),
-    "length with a sign": (head(Content_Length="+5"), 400),
-    "length with an underscore": (head(Content_Length="5_0"), 400),
-    "negative length": (head(Content_Length="-1"), 400),
-    "length list": (head(Content_Length="5, 5"), 400),
-    "length in other digits": (head(Content_Length="\u0665"), 400),
-    "empty length": (head(Content_Length=""), 400),
-    "hex length": (head(Content_Length="0x5"), 400),
-    "endless length": (head(Content_Length="9" * 5000), 400),
-    "chunked in HTTP/1.0": (head("POST / HTTP/1.0", Transfer_Encoding="chunked"), 400),
-    "gzip": (head(Transfer_Encoding="gzip"), 501),
-    "gzip, chunked": (head(Transfer_Encoding="gzip, chunked"), 501),
-    "chunked twice": (head(Transfer_Encoding="chunked, chunked"), 501),
-    "identity": (head(Transfer_Encoding="identity"), 501),
-    "empty coding": (head(Transfer_Encoding=""), 501),
-    "no colon": (head(**{"no colon\r\nX": 1}), 400),
-    "space before the colon": (head(**{"Content-Length ": 5}), 400),
-    "HTTP/0.9": (b"GET /\r\n\r\n", 400),
-    "a bare CR": (head(X="y\rContent-Length: 5"), 400),
-    "a NUL": (head(X="y\0"), 400),
-    "a folded field": (head(X="y\r\n Content-Length: 5"), 400),
-    "a space in the target": (head("POST / HTTP/1.1 HTTP/1.1"), 400),
-    "no target": (head("POST  HTTP/1.1"), 400),
-    "a target without a slash": (head("OPTIONS * HTTP/1.1"), 400),
-    "no version": (b"POST /\r\n\r\n", 400),
-    "two words too many": (b"POST / x HTTP/1.1\r\n\r\n", 400),
-    "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", 400),
-    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
-    "chunk without size": (CHUNKED + b"\r\n\r\n", 400),
-    "chunk with a sign": (CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n", 400),
-    "chunk with 0x": (CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n", 400),
-    "chunk too short": (CHUNKED + b"3\r\n{}\r\n0\r\n\r\n", 400),
-    "chunk too long": (CHUNKED + b"1\r\n{}\r\n0\r\n\r\n", 400),
-    "chunk of an exabyte": (CHUNKED + b"fffffffff\r\n", 400),
-    "trailer": (CHUNKED + b"2\r\n{}\r\n0\r\nX: y\r\n\r\n", 400),
+def assert_refused(relay: Relay, status: int, *parts: bytes) -> None:
+    """Fail unless this is refused, and the request behind it is not read as one."""
+    with Client(relay, DOUBTFUL) as client:
+        answer = client.ask(*parts, posted())
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+        assert answer.json["error"]
+        assert client.is_closed()
+    assert f"sender={DOUBTFUL}" not in relay.log()
+
+
+TWO_LENGTHS = ["5\r\nContent-Length: 5", "5\r\ncontent-length: 50", "5, 5"]
+ODD_LENGTHS = ["", "+5", "-1", "5_0", "0x5", "\u0665", "9" * 5000]
+
+
+@pytest.mark.pitfall(7)
+@pytest.mark.pitfall(8)
+@pytest.mark.parametrize("length", TWO_LENGTHS + ODD_LENGTHS, ids=lambda length: length[:9])
+def test_a_length_that_is_in_doubt_is_refused(lasting_relay, length):
+    assert_refused(lasting_relay, 400, head(Content_Length=length))
+
+
+CODINGS = ["", "gzip", "gzip, chunked", "chunked, chunked", "identity"]
+
+
+@pytest.mark.pitfall(6)
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_coding_other_than_chunked_is_refused(lasting_relay, coding):
+    assert_refused(lasting_relay, 501, head(Transfer_Encoding=coding))
+
+
+@pytest.mark.pitfall(7)
+def test_chunks_with_a_length_or_in_http_1_0_are_refused(lasting_relay):
+    body = chunked(b"{}", 2)
+    both = head(Content_Length=len(body), Transfer_Encoding="chunked")
+    assert_refused(lasting_relay, 400, both, body)
+    old = head("POST / HTTP/1.0", Transfer_Encoding="chunked")
+    assert_refused(lasting_relay, 400, old, body)
+
+
+BAD_CHUNKS = {
+    "no size": b"\r\n\r\n",
+    "a sign": b"+2\r\n{}\r\n0\r\n\r\n",
+    "0x": b"0x2\r\n{}\r\n0\r\n\r\n",
+    "too short": b"3\r\n{}\r\n0\r\n\r\n",
+    "too long": b"1\r\n{}\r\n0\r\n\r\n",
+    "an exabyte": b"fffffffff\r\n",
+    "a trailer": b"2\r\n{}\r\n0\r\nX: y\r\n\r\n",
 }
 
 
 @pytest.mark.pitfall(6)
-@pytest.mark.pitfall(7)
-@pytest.mark.pitfall(8)
+@pytest.mark.parametrize("chunks", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
+def test_a_chunk_that_is_not_as_it_should_be_is_refused(lasting_relay, chunks):
+    assert_refused(lasting_relay, 400, head(Transfer_Encoding="chunked"), chunks)
+
+
+BAD_FIELDS = {
+    "two credentials": {"Authorization": basic()},
+    "two hosts": {"Host": "relay"},
+    "no colon": {"no colon\r\nX": 1},
+    "a space before the colon": {"Content-Length ": 5},
+    "a bare CR": {"X": "y\rContent-Length: 5"},
+    "a NUL": {"X": "y\0"},
+    "a fold": {"X": "y\r\n Content-Length: 5"},
+}
+
+
 @pytest.mark.pitfall(9)
+@pytest.mark.parametrize("fields", BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_a_field_that_could_be_read_in_two_ways_is_refused(lasting_relay, fields):
+    assert_refused(lasting_relay, 400, head(**fields))
+
+
 @pytest.mark.pitfall(19)
-@pytest.mark.parametrize(("request_bytes", "status"), BAD_FRAMING.values(), ids=BAD_FRAMING.keys())
-def test_doubtful_framing_is_refused_and_nothing_after_it_is_a_request(
-    lasting_relay, request_bytes, status
-):
-    with Client(lasting_relay, DOUBTFUL) as client:
-        answer = client.ask(request_bytes, posted())
-        assert (answer.status, answer.headers["connection"]) == (status, "close")
-        assert answer.json["error"]
-        assert client.is_closed()
-    assert f"sender={DOUBTFUL}" not in lasting_relay.log()
+@pytest.mark.parametrize("start", ["GET /", "POST /", "POST  HTTP/1.1", "POST / x HTTP/1.1"])
+@pytest.mark.parametrize("fields", ["", "Host: relay\r\n"])
+def test_a_request_line_that_is_not_three_words_is_refused(lasting_relay, start, fields):
+    assert_refused(lasting_relay, 400, f"{start}\r\n{fields}\r\n".encode())
+
+
+@pytest.mark.pitfall(19)
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"OPTIONS * HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n",
+    ],
+    ids=["all", "HTTP/2", "SSH", "TLS"],
+)
+def test_what_is_not_asked_of_an_http_1_server_is_refused(lasting_relay, start):
+    assert_refused(lasting_relay, 400, start)
 
 
 def test_a_bare_line_feed_hides_no_request(lasting_relay):
@@ -399,9 +414,6 @@ def test_an_answer_is_not_overtaken_by_a_reset(client):
     assert client.ask(head(**{"no colon\r\nX": 1}), b"x" * 500_000).status == 400
     client.socket.shutdown(socket.SHUT_WR)
     assert client.is_closed()
-
-
-# --- Bounds ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [4 * MEGABYTE - 40, 4 * MEGABYTE])
@@ -461,9 +473,6 @@ def test_a_header_has_a_bound_as_a_whole(relay):
     assert relay.post(alarm())[0] == 200
 
 
-# --- The log --------------------------------------------------------------------------------------
-
-
 @pytest.mark.pitfall(18)
 def test_a_bug_in_the_program_closes_the_connection_and_is_one_line(tmp_path, lasting_webex):
     relay = Relay(tmp_path, lasting_webex.url, None, faults.BUG)
@@ -502,7 +511,7 @@ def test_a_client_that_leaves_is_one_line_and_nothing_is_taken(lasting_relay):
         b"POST / HT",
         head(Content_Length=100),
         head(Content_Length=100) + alarm(),
-        CHUNKED + b"5\r\n{",
+        head(Transfer_Encoding="chunked") + b"5\r\n{",
     ]
     for part in [b"", *parts]:
         with Client(lasting_relay, LEAVING) as client:
