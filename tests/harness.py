@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import webex_standin
 
@@ -215,15 +215,7 @@ class Client:
         self.socket.sendall(b"".join(parts))
 
     def answer(self, has_body: bool = True) -> Answer:
-        status_line = self.stream.readline().decode()
-        version, status, _ = status_line.split(" ", 2)
-        assert version == "HTTP/1.1"
-        headers = {}
-        while (line := self.stream.readline().decode().strip()) != "":
-            name, _, value = line.partition(": ")
-            headers[name.lower()] = value
-        length = int(headers["content-length"]) if has_body else 0
-        return Answer(int(status), headers, self.stream.read(length))
+        return read_answer(self.stream, has_body)
 
     def ask(self, *parts: bytes) -> Answer:
         """Send a request and read its answer."""
@@ -247,6 +239,17 @@ class Answer(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+def read_answer(stream: BinaryIO, has_body: bool = True) -> Answer:
+    version, status, _ = stream.readline().decode().split(" ", 2)
+    assert version == "HTTP/1.1"
+    headers = {}
+    while (line := stream.readline().decode().strip()) != "":
+        name, _, value = line.partition(": ")
+        headers[name.lower()] = value
+    length = int(headers["content-length"]) if has_body else 0
+    return Answer(int(status), headers, stream.read(length))
 
 
 def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **fields: object) -> bytes:

@@ -40,9 +40,6 @@ NEIGHBOUR, OTHER = "127.0.0.2", "127.0.0.3"
 HALF, REST = head(Content_Length=2, Connection="close"), b"{}"  # of a request
 
 
-# --- Slow clients ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hasty(tmp_path, webex):
     """A relay that waits for nobody for longer than 0.4 seconds."""
@@ -122,9 +119,6 @@ def test_a_refusal_by_the_spool_keeps_its_reason_however_late_it_is(tmp_path, we
     limits = {"TICK_S": 0.1, "BODY_S": 0.1}
     with Relay(tmp_path, webex.url, limits, faults.LATE_REFUSAL) as relay:
         assert relay.post({}) == (503, {"error": "the disk"})
-
-
-# --- Many clients ---------------------------------------------------------------------------------
 
 
 @pytest.mark.pitfall(3)
@@ -208,9 +202,6 @@ def test_the_kernel_keeps_connections_while_the_accept_loop_is_busy(relay):
             assert post_from(relay, OTHER) == 200
     finally:
         relay.process.send_signal(signal.SIGCONT)
-
-
-# --- A host that is short of something ------------------------------------------------------------
 
 
 def cpu_s(relay: Relay) -> float:

@@ -9,6 +9,7 @@ ALARMRELAY_FUZZ=SEED:COUNT sets another seed and another number of requests.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -19,13 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from harness import Relay, basic, chunked, head, posted
+from harness import Client, Relay, basic, chunked, head, posted, read_answer
 from webex_standin import Fault
 
 SEED, COUNT = map(int, os.environ.get("ALARMRELAY_FUZZ", "9112:5000").split(":"))
 BAIT = head(Content_Length=20)
-
-# --- Requests -------------------------------------------------------------------------------------
 
 ENDS = [b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\n\n", b"2\r\n{}\r\n0\r\n\r\n", b"0\r\n\r\n", BAIT]
 CHARACTERS = [b"\0", b" ", b"\t", b":", b",", b";", b"\x0b", b"\x85", b"\xff", b"0", b"//", b"/.."]
@@ -92,8 +91,6 @@ def mutate(dice: random.Random, data: bytes) -> bytes:
             data = data[:start] + dice.choice(SPICE) + data[start:]
     return data
 
-
-# --- The reference, written apart from the relay --------------------------------------------------
 
 TOKEN = set(b"!#$%&'*+-.^_`|~" + (string.digits + string.ascii_letters).encode())
 DIGITS, HEX_DIGITS = set(string.digits.encode()), set(string.hexdigits.encode())
@@ -252,63 +249,51 @@ class Reader:
                 raise UnreadableError
 
 
-# --- The verdict ----------------------------------------------------------------------------------
-
-
 def judge(data: bytes, received: bytes, post: Callable[[bytes], tuple[int, str]]) -> int:
     """Fail if the RFC does not allow these answers; return how many alarms were newly accepted.
 
     To post a body again tells whether just that body was taken: then it is a duplicate.
     """
     accepted = 0
+    stream = io.BytesIO(received.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""))
     for request in Reader(data).requests():
         is_whole = request.body is not None
-        received = re.sub(rb"^HTTP/1\.1 100 Continue\r\n\r\n", b"", received)
-        if not received:
+        if not peek(stream):
             assert request.is_doubtful or not is_whole, "closed without an answer"
             break
-        status, is_closing, content, received = split_answer(received, request.is_head)
-        is_refused = status >= 400
+        answer = read_answer(stream, has_body=not request.is_head)
+        if request.is_head and peek(stream) == b"{":  # refused before its method was known
+            answer = answer._replace(body=stream.read(int(answer.headers["content-length"])))
+        is_refused = answer.status >= 400
         if is_whole and request.is_wanted and not (request.is_doubtful and is_refused):
             again, word = post(request.body)
-            assert status == again, "not answered as the same body by itself"
+            assert answer.status == again, "not answered as the same body by itself"
             assert word == "duplicate" or is_refused, "the body was taken differently"
-            accepted += content == b'{"status": "accepted"}'
+            accepted += answer.body == b'{"status": "accepted"}'
         else:
             assert is_refused or request.may_succeed, "it must be refused"
-        if is_closing:
+        if is_refused and answer.body:
+            assert answer.json.keys() == {"error"}
+        if answer.headers["connection"] == "close":
             is_allowed = is_refused or request.is_last or not request.is_wanted
             assert is_allowed, "closed after a good request"
             break
-    assert received == b"", "an answer too many"
+    assert not peek(stream), "an answer too many"
     return accepted
 
 
-def split_answer(received: bytes, is_head: bool) -> tuple[int, bool, bytes, bytes]:
-    """Return status, whether the connection closes, body, and what follows."""
-    head, separator, rest = received.partition(b"\r\n\r\n")
-    assert separator
-    assert re.match(rb"HTTP/1\.1 [1-5]\d\d [A-Z][A-Za-z -]+(\r\n|$)", head), head
-    length = int(re.search(rb"\r\nContent-Length: (\d+)", head)[1])
-    if is_head and not rest.startswith(b"{"):  # which a refusal has that came before the method
-        length = 0
-    content, rest = rest[:length], rest[length:]
-    if length and b"\r\nContent-Type: application/json" in head:
-        assert json.loads(content).keys() in ({"status"}, {"error"})
-    return int(head.split(b" ")[1]), b"\r\nConnection: close" in head, content, rest
+def peek(stream: io.BytesIO) -> bytes:
+    return stream.getbuffer()[stream.tell() :][:1].tobytes()
 
 
 def exchange(relay: Relay, number: int, data: bytes) -> bytes:
     """Send the bytes and half a goodbye, and return all that comes back."""
-    host = f"127.1.{number % 200}.2"  # from many addresses, lest one runs out of ports
-    with socket.create_connection(("127.0.0.1", relay.port), 20, (host, 0)) as client:
+    # From many addresses, lest one runs out of ports.
+    with Client(relay, f"127.1.{number % 200}.2") as client:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
-        received = b""
-        while block := client.recv(65536):  # raises if the answer is overtaken by a reset
-            received += block
-        return received
+            client.send(data)
+            client.socket.shutdown(socket.SHUT_WR)
+        return client.stream.read()  # raises if the answer is overtaken by a reset
 
 
 def test_mutated_requests_are_read_as_the_rfc_says_and_nothing_gets_through(tmp_path, webex):
@@ -341,16 +326,13 @@ def test_mutated_requests_are_read_as_the_rfc_says_and_nothing_gets_through(tmp_
         assert line.isprintable()
 
 
-# --- The judge is judged --------------------------------------------------------------------------
-
-
 def answers(*statuses: int) -> bytes:
     """Return these answers; a refusal is the last on its connection."""
     said = b""
     for status in statuses:
         content = b'{"error": "x"}' if status >= 400 else b'{"status": "accepted"}'
-        said += b"HTTP/1.1 %d Words\r\nContent-Type: application/json\r\n" % status
-        said += b"Connection: close\r\n" if status >= 400 else b""
+        connection = b"close" if status >= 400 else b"keep-alive"
+        said += b"HTTP/1.1 %d Words\r\nConnection: %b\r\n" % (status, connection)
         said += b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
     return said
 

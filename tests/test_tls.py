@@ -84,9 +84,6 @@ def read_all(client: socket.socket) -> bytes:
     return received
 
 
-# --- Towards vManage ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_alarms_are_taken_over_tls(secure_relay, pair, lasting_webex, version):
     context = trusting(pair)
@@ -197,9 +194,6 @@ def test_each_connection_ends_with_a_goodbye(tmp_path, webex, pair, part, answer
         assert read_all(client)[:13] == answer
 
 
-# --- Certificates ---------------------------------------------------------------------------------
-
-
 def problems(directory: Path, **changes: str | None) -> list[str]:
     """Start the relay with bad settings and return what it says."""
     done = run(environment(directory, "http://127.0.0.1:9/v1", **changes))
@@ -273,9 +267,6 @@ def test_plain_text_over_the_network_is_warned_of_once(
     lines = [line for line in relay.log().splitlines() if " WARNING " in line]
     assert len(lines) == count
     assert all("tls_certificate" in line for line in lines)
-
-
-# --- Towards Webex --------------------------------------------------------------------------------
 
 
 @pytest.fixture
