@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -274,7 +274,9 @@ def chunked(body: bytes, size: int, extension: bytes = b"") -> bytes:
 
 
 @contextlib.contextmanager
-def crowd(relay: Relay, count: int, start: bytes = b"", host: str = "127.0.0.2"):
+def crowd(
+    relay: Relay, count: int, start: bytes = b"", host: str = "127.0.0.2"
+) -> Iterator[list[Client]]:
     """So many clients that have sent this start of a request, if they were let."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(relay, host)) for _ in range(count)]
@@ -285,7 +287,7 @@ def crowd(relay: Relay, count: int, start: bytes = b"", host: str = "127.0.0.2")
 
 
 @contextlib.contextmanager
-def flood(relay: Relay, count: int):
+def flood(relay: Relay, count: int) -> Iterator[None]:
     """Let so many clients send requests all the time, and never wait for an answer."""
     hung_up = threading.Event()
 

@@ -263,7 +263,7 @@ def judge(data: bytes, received: bytes, post: Callable[[bytes], tuple[int, str]]
             break
         answer = read_answer(stream, has_body=not request.is_head)
         if request.is_head and peek(stream) == b"{":  # refused before its method was known
-            answer = answer._replace(body=stream.read(int(answer.headers["content-length"])))
+            stream.read(int(answer.headers["content-length"]))
         is_refused = answer.status >= 400
         if is_whole and request.is_wanted and not (request.is_doubtful and is_refused):
             again, word = post(request.body)
