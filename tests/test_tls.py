@@ -181,7 +181,7 @@ def test_tls_on_the_plain_port_is_told_apart(relay):
     ids=["idle", "late", "answered"],
 )
 def test_each_connection_ends_with_a_goodbye(tmp_path, webex, pair, part, answer):
-    limits = {"HEADER_S": 0.3, "IDLE_S": 0.3, "TICK_S": 0.1}
+    limits = {"HEADER_S": 1.0, "IDLE_S": 1.0, "TICK_S": 0.1}
     context = trusting(pair)
     with (
         Relay(tmp_path, webex.url, limits, **secured(pair)) as relay,
