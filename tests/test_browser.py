@@ -62,8 +62,10 @@ class Browser:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self.numbers, self.left, self.session = itertools.count(1), b"", {}
+        self.numbers = itertools.count(1)
+        self.left = b""  # of what it has said, not looked at yet
         self.events: list[dict[str, Any]] = []
+        self.session: dict[str, Any] = {}
         target = self.call("Target.createTarget", url="about:blank")
         self.session = self.call("Target.attachToTarget", **target, flatten=True)
         for domain in ("Page", "Network", "Log", "Runtime"):
@@ -130,7 +132,6 @@ class View:
 def healthy(relay: Relay, webex: WebexStandIn) -> str:
     relay.post(ALARMS)
     relay.post(ALARMS[:4], "/ops")
-    relay.post(ALARMS[:4], "/ops")
     relay.wait_for_log(" delivered: ", len(ALARMS) + 4)
     return relay.told(f"0 waiting, {len(ALARMS) + 4} delivered")
 
@@ -151,6 +152,8 @@ def storm(relay: Relay, webex: WebexStandIn) -> str:
 
 
 STATES = {"healthy": healthy, "held": held, "storm": storm}
+KINDS = {"healthy": "good", "held": "bad", "storm": "late"}
+NEWEST = {"healthy": ["delivered"] * 8, "held": ["waiting"] * 3, "storm": ["waiting"] * 50}
 
 
 @pytest.fixture(scope="module")
@@ -163,20 +166,21 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module", params=STATES)
 def view(request, browser, tmp_path_factory):
     SCREENSHOTS.mkdir(exist_ok=True)
-    state, looks = request.param, {}
-    with WebexStandIn() as webex:
-        folder, rooms = tmp_path_factory.mktemp(state), three_rooms(webex)
-        with Relay(folder, webex.url, **rooms) as relay:
-            said = STATES[state](relay, webex)
-            url = f"127.0.0.1:{relay.port}/"
-            browser.load(f"http://{USERNAME}:{urllib.parse.quote(PASSWORD)}@{url}")
-            for width, scheme in itertools.product(SIZES, ("light", "dark")):
-                picture = SCREENSHOTS / f"{state}-{width}-{scheme}.png"
-                picture.unlink(missing_ok=True)
-                looks[width, scheme] = browser.look(width, scheme, picture)
+    state = request.param
+    looks = {}
+    folder = tmp_path_factory.mktemp(state)
+    with WebexStandIn() as webex, Relay(folder, webex.url, **three_rooms(webex)) as relay:
+        said = STATES[state](relay, webex)
+        url = f"127.0.0.1:{relay.port}/"
+        browser.load(f"http://{USERNAME}:{urllib.parse.quote(PASSWORD)}@{url}")
+        for width, scheme in itertools.product(SIZES, ("light", "dark")):
+            picture = SCREENSHOTS / f"{state}-{width}-{scheme}.png"
+            picture.unlink(missing_ok=True)
+            looks[width, scheme] = browser.look(width, scheme, picture)
     return View(state, f"http://{url}", said, looks, [*browser.events])
 
 
+TRANSPARENT = "rgba(0, 0, 0, 0)"
 Color = tuple[float, ...]  # red, green, blue, from 0 to 1; of what is laid over others, alpha
 
 
@@ -215,31 +219,32 @@ def luminance(color: Color) -> float:
 
 def text_and_ground(element: dict[str, Any]) -> tuple[float, float]:
     """Return how bright an element's text is, and what is behind it."""
-    inks = element["color"], "rgba(0, 0, 0, 0)"
-    text, ground = (luminance(painted(element, ink)) for ink in inks)
-    return text, ground
+    text = painted(element, element["color"])
+    return luminance(text), luminance(painted(element, TRANSPARENT))
 
 
 def test_the_verdict_is_at_the_top_in_words_and_colour(view):
-    kinds = {"healthy": "good", "held": "bad", "storm": "late"}
     for look in view.looks.values():
         (h1,) = look["h1"]
-        assert h1["kind"] == kinds[view.state]
+        assert h1["kind"] == KINDS[view.state]
         assert sentence(h1["text"]) == sentence(view.said)
-        red, green, _ = painted(h1, "rgba(0, 0, 0, 0)")
-        assert {"good": green > 2 * red, "bad": red > 2 * green, "late": 2 * green > red > green}[
-            h1["kind"]
-        ]
+        red, green, _ = painted(h1, TRANSPARENT)
+        looks_like = {
+            "good": green > 2 * red,
+            "bad": red > 2 * green,
+            "late": 2 * green > red > green,
+        }
+        assert looks_like[h1["kind"]]
 
 
 def test_the_newest_alarms_are_shown_with_their_state(view):
-    states = {"healthy": ["duplicate"] * 4 + ["delivered"] * 4, "held": ["waiting"] * 3}
-    expected = states.get(view.state, ["waiting"] * 50)
+    expected = NEWEST[view.state]
     for look in view.looks.values():
         rows = look["rows"]
         assert [row[0] for row in rows[: len(expected)]] == expected
-        assert {row[-1].partition(" after ")[0] == row[0] for row in rows} == {True}
-        assert {len(row) for row in rows} == {7}
+        for row in rows:
+            assert len(row) == 7
+            assert row[-1].partition(" after ")[0] == row[0]
 
 
 def test_nothing_has_to_be_scrolled_sideways(view):
@@ -256,9 +261,11 @@ def test_all_text_can_be_read_in_light_and_dark(view):
 
 def test_the_page_is_dark_where_that_is_preferred(view):
     for width in SIZES:
-        light, dark = (view.looks[width, scheme]["cells"] for scheme in ("light", "dark"))
+        light = view.looks[width, "light"]["cells"]
+        dark = view.looks[width, "dark"]["cells"]
         for one, other in zip(light, dark):
-            (text, ground), (dark_text, dark_ground) = map(text_and_ground, (one, other))
+            text, ground = text_and_ground(one)
+            dark_text, dark_ground = text_and_ground(other)
             assert text < dark_text
             assert ground > 0.5 > dark_ground
 

@@ -1,41 +1,36 @@
-"""Clients as they are: curl, Java, Node and Python."""
+"""Clients as they are deliver alarms: curl, Java, Node and Python."""
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import json
 import shutil
 import subprocess
-import time
+from pathlib import Path
 
 import pytest
-from harness import PASSWORD, USERNAME, Relay, basic
+from harness import PASSWORD, USERNAME, alarm, basic
 from webex_standin import WebexStandIn
 
-
-@pytest.fixture(scope="module")
-def webex():
-    with WebexStandIn() as standin:
-        yield standin
+FIRST, AGAIN = '{"status": "accepted"}', '{"status": "duplicate"}'
 
 
-@pytest.fixture(scope="module")
-def relay(tmp_path_factory, webex):
-    with Relay(tmp_path_factory.mktemp("clients"), webex.url) as running:
-        yield running
+@pytest.fixture
+def files(tmp_path) -> list[Path]:
+    """Two alarms, a small and a large one."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(alarm())
+    large.write_bytes(alarm(500_000))
+    return [small, large]
 
 
-def alarm(size: int = 0) -> bytes:
-    """Return an alarm like no other, and larger than this."""
-    alarm = {"message": f"number {time.monotonic_ns()}", "consumed_events": ["x" * size]}
-    return json.dumps(alarm).encode()
+@pytest.fixture
+def url(lasting_relay) -> str:
+    return f"http://127.0.0.1:{lasting_relay.port}/"
 
 
-def is_delivered(webex: WebexStandIn, body: bytes) -> bool:
-    return any(json.loads(body)["message"] in text for text in webex.texts())
-
-
-BIG = 500_000
+def assert_delivered(webex: WebexStandIn, *bodies: bytes) -> None:
+    webex.wait_for_texts(*[json.loads(body)["message"] for body in bodies])
 
 
 def needs(program: str) -> pytest.MarkDecorator:
@@ -51,7 +46,6 @@ def run(*command: str, **options) -> str:
 
 
 @needs("curl")
-@pytest.mark.parametrize("size", [0, BIG])
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,20 +59,17 @@ def run(*command: str, **options) -> str:
     ],
     ids=lambda options: " ".join(options),
 )
-def test_curl_delivers(relay, webex, tmp_path, options, size):
-    path, body = tmp_path / "alarm.json", alarm(size)
-    path.write_bytes(body)
-    url = f"http://127.0.0.1:{relay.port}/"
-    command = ["curl", "-sS", "--fail-with-body", "-u", f"{USERNAME}:{PASSWORD}"]
-    options = [option.replace("FILE", str(path)) for option in options]
-    with path.open("rb") as stream:
-        assert run(*command, *options, url, stdin=stream) == '{"status": "accepted"}'
-    webex.wait_for(lambda: is_delivered(webex, body))
+def test_curl_delivers(url, lasting_webex, files, options):
+    command = ["curl", "-sS", "--fail-with-body", "-u", f"{USERNAME}:{PASSWORD}", url]
+    for path in files:
+        words = [option.replace("FILE", str(path)) for option in options]
+        with path.open("rb") as stream:
+            assert run(*command, *words, stdin=stream) == FIRST
+        assert_delivered(lasting_webex, path.read_bytes())
 
 
 @needs("curl")
-def test_an_empty_post_by_curl_is_told_what_it_is(relay):
-    url = f"http://127.0.0.1:{relay.port}/"
+def test_an_empty_post_by_curl_is_told_what_it_is(url):
     answer = run("curl", "-sS", "-u", f"{USERNAME}:{PASSWORD}", "-X", "POST", url)
     assert answer.startswith('{"error": "the relay is reached, but ')
     assert run("curl", "-sS", "-X", "POST", url) == '{"error": "no credentials"}'
@@ -117,18 +108,16 @@ class Client {
 
 
 @needs("java")
-def test_java_which_sends_credentials_only_when_asked_delivers(relay, webex, tmp_path):
-    program, small, big = (tmp_path / name for name in ("Client.java", "small", "big"))
+def test_java_which_sends_credentials_only_when_asked_delivers(
+    url, lasting_relay, lasting_webex, tmp_path, files
+):
+    program = tmp_path / "Client.java"
     program.write_text(JAVA)
-    small.write_bytes(alarm())
-    big.write_bytes(alarm(BIG))
-    url = f"http://127.0.0.1:{relay.port}/"
-    lines = run("java", str(program), url, USERNAME, PASSWORD, f"{small},{big}").splitlines()
-    first, again = '200 {"status": "accepted"}', '200 {"status": "duplicate"}'
-    assert lines == [first, again, again, again] * 2
-    webex.wait_for(lambda: is_delivered(webex, small.read_bytes()))
-    webex.wait_for(lambda: is_delivered(webex, big.read_bytes()))
-    assert "refused: 401 no credentials" in relay.log()
+    words = [url, USERNAME, PASSWORD, ",".join(map(str, files))]
+    lines = run("java", str(program), *words).splitlines()
+    assert lines == [f"200 {word}" for word in [FIRST, AGAIN, AGAIN, AGAIN] * 2]
+    assert_delivered(lasting_webex, *[path.read_bytes() for path in files])
+    assert "refused: 401 no credentials" in lasting_relay.log()
 
 
 NODE = """
@@ -144,27 +133,21 @@ const [url, authorization, ...names] = process.argv.slice(2);
 
 
 @needs("node")
-def test_nodes_fetch_delivers(relay, webex, tmp_path):
-    program, small, big = (tmp_path / name for name in ("client.js", "small", "big"))
+def test_nodes_fetch_delivers(url, lasting_webex, tmp_path, files):
+    program = tmp_path / "client.js"
     program.write_text(NODE)
-    small.write_bytes(alarm())
-    big.write_bytes(alarm(BIG))
-    url = f"http://127.0.0.1:{relay.port}/"
-    lines = run("node", str(program), url, basic(), str(small), str(big)).splitlines()
-    assert lines == ['200 {"status": "accepted"}'] * 2
-    webex.wait_for(lambda: is_delivered(webex, small.read_bytes()))
-    webex.wait_for(lambda: is_delivered(webex, big.read_bytes()))
+    lines = run("node", str(program), url, basic(), *map(str, files)).splitlines()
+    assert lines == [f"200 {FIRST}"] * 2
+    assert_delivered(lasting_webex, *[path.read_bytes() for path in files])
 
 
-def test_pythons_http_client_delivers_many_on_one_connection(relay: Relay, webex):
-    connection = http.client.HTTPConnection("127.0.0.1", relay.port, timeout=20)
-    used = set()
+def test_pythons_http_client_delivers_many_on_one_connection(lasting_relay, lasting_webex):
     bodies = [alarm() for _ in range(20)]
-    for body in bodies:
-        connection.request("POST", "/", body, {"Authorization": basic()})
-        response = connection.getresponse()
-        assert (response.status, response.read()) == (200, b'{"status": "accepted"}')
-        used.add(connection.sock.getsockname())
-    connection.close()
+    used = set()
+    with contextlib.closing(lasting_relay.connect()) as connection:
+        for body in bodies:
+            answer = lasting_relay.post(body, connection=connection)
+            assert answer == (200, {"status": "accepted"})
+            used.add(connection.sock.getsockname())
     assert len(used) == 1
-    webex.wait_for(lambda: all(is_delivered(webex, body) for body in bodies))
+    assert_delivered(lasting_webex, *bodies)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
 import logging
 import re
 import socket
-import ssl
 import threading
-from datetime import timedelta
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from conftest import START_S
+from conftest import START_MS, START_S, courier_of, drain, put
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
 import alarmrelay
 from alarmrelay import (
-    Alarm,
     Answer,
+    Batch,
     Client,
     Courier,
+    Delivered,
+    Delivery,
+    Failure,
+    Meaning,
     Spool,
-    Verdict,
+    Unavailable,
     judge,
 )
 
@@ -31,24 +35,25 @@ NOW = START_S
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: object = None) -> Answer:
-    content = (
-        body if isinstance(body, bytes) else json.dumps(body or {"message": "Words."}).encode()
-    )
-    return status, f"{status} Reason", headers or {}, content
+    content = body
+    if not isinstance(body, bytes):
+        content = json.dumps(body or {"message": "Words."}).encode()
+    return Answer(status, f"{status} Reason", headers or {}, content)
 
 
 HELD = [401, 403, 404, 405, 406, 409, 410, 411, 413, 415, 418, 422, 451, 499]
 FAILED = [0, 100, 200, 201, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 500, 501, 502, 503,
           504, 505, 599, 700]  # fmt: skip
 TABLE = [(400, "refused", 60), (423, "paused", 15), (429, "paused", 15)]
-TABLE += [(status, "held", 60) for status in HELD] + [(status, "failed", 1) for status in FAILED]
+TABLE += [(status, "held", 60) for status in HELD]
+TABLE += [(status, "failed", 1) for status in FAILED]
 
 
 @pytest.mark.parametrize(("status", "kind", "wait_s"), TABLE)
 def test_the_status_decides(status, kind, wait_s):
-    verdict = judge(answer(status), 0, NOW)
-    assert (verdict.kind, verdict.wait_s) == (kind, wait_s)
-    assert verdict.reason
+    failed = judge(answer(status), 0, NOW)
+    assert (failed.kind, failed.wait_s) == (kind, wait_s)
+    assert failed.reason.startswith(f"{status} Reason: ")
 
 
 @pytest.mark.parametrize(
@@ -57,13 +62,13 @@ def test_the_status_decides(status, kind, wait_s):
      b'{"ok": 1}', b'{"id": "\\ud800"}', b"\xff\xff", b'{"id": "x"', b"[" * 100_000],
 )  # fmt: skip
 def test_a_200_without_a_message_id_is_no_delivery(body):
-    verdict = judge(answer(200, {}, body), 0, NOW)
-    assert (verdict.kind, verdict.wait_s) == ("failed", 1)
-    assert "no id" in verdict.reason
+    failed = judge(answer(200, {}, body), 0, NOW)
+    assert (failed.kind, failed.wait_s) == ("failed", 1)
+    assert failed.reason == "200 Reason: no id in it"
 
 
 def test_a_200_with_an_id_is_a_delivery_and_keeps_it():
-    assert judge(answer(200, {}, {"id": "Y2lz"}), 5, NOW) == Verdict("delivered", 0.0, "Y2lz")
+    assert judge(answer(200, {}, {"id": "Y2lz"}), 5, NOW) == Delivered("Y2lz")
 
 
 def test_failures_double_the_wait_up_to_five_minutes():
@@ -93,18 +98,22 @@ def test_retry_after_is_honoured_within_bounds(status, field, seconds):
     [
         ({"message": "Bad.", "trackingId": "ROUTER_1"}, "404 Reason: Bad.", "ROUTER_1"),
         ({"message": "Bad."}, "404 Reason: Bad.", "HEADER_1"),
-        ({"message": ["odd"], "trackingId": 7}, "404 Reason: ['odd']", "7"),
+        ({"message": ["odd"], "trackingId": 7}, '404 Reason: ["odd"]', "7"),
         (b"<html>", "404 Reason", "HEADER_1"),
         ({"error": {"key": "x"}}, "404 Reason", "HEADER_1"),
     ],
 )
-def test_the_reason_holds_webexs_words_what_to_do_and_the_tracking_id(body, reason, tracking_id):
-    verdict = judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW)
-    assert verdict.reason == reason
-    assert verdict.advice == (
-        "; check room_id and webex_url, and that the bot is a member of the room"
+def test_a_failure_holds_webexs_words_what_to_do_and_the_tracking_id(body, reason, tracking_id):
+    assert judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW) == Failure(
+        kind="held",
+        wait_s=60,
+        reason=reason,
+        meaning=Meaning(
+            "has no such room",
+            "check room_id and webex_url, and that the bot is a member of the room",
+        ),
+        tracking_id=tracking_id,
     )
-    assert verdict.tracking_id == tracking_id
 
 
 def test_what_webex_says_stays_one_line_that_can_be_sent_to_systemd():
@@ -112,30 +121,45 @@ def test_what_webex_says_stays_one_line_that_can_be_sent_to_systemd():
     reason = judge(answer(401, {}, said), 0, NOW).reason
     assert reason.startswith("401 Reason: no   way READY=1xxx")
     assert reason.isprintable()
-    assert len(reason) < 400
+    assert len(reason) == 300
 
 
+@contextlib.contextmanager
+def in_a_thread(courier: Courier) -> Iterator[None]:
+    """Let it run, and wait until it has stopped."""
+    running = threading.Thread(target=courier.run, daemon=True)
+    running.start()
+    yield
+    running.join(20)
+    assert not running.is_alive()
+
+
+# --- The courier's step ---------------------------------------------------------------------------
 def store(spool: Spool, *texts: str) -> None:
-    alarms = [Alarm({"message": text}, int(START_S * 1000)) for text in texts]
-    spool.store("/", "".join(texts).encode(), alarms)
+    put(spool, *({"message": text} for text in texts))
 
 
 def names(webex: WebexStandIn) -> list[str]:
-    return [text.split("**Message** : ")[1].split(",")[0] for text in webex.texts()]
+    return [re.search(r"Message(\*\*)? : (.*?),", text)[2] for text in webex.texts()]
 
 
-def test_a_step_delivers_the_oldest_and_an_idle_one_waits_for_an_arrival(courier, spool, webex):
+def test_a_step_delivers_the_oldest_and_an_idle_one_waits_for_an_arrival(
+    courier, spool, webex, totals
+):
     store(spool, "one", "two")
     assert [courier.step(), courier.step(), courier.step()] == [0.0, 0.0, None]
     assert names(webex) == ["one", "two"]
-    assert (spool.rooms["/"]["waiting"], spool.rooms["/"]["delivered"]) == (0, 2)
+    assert spool.waiting_total == 0
+    assert spool.days(["/"], START_MS)["/"].delivered == 2
+    assert totals.delivered() == 2
     request = webex.requests[0]
     assert request["headers"]["authorization"] == f"Bearer {TOKEN}"
     assert request["headers"]["content-type"].startswith("application/json")
     assert set(request["content"]) == {"roomId", "markdown"}
 
 
-RESET_BEFORE, RESET_AFTER = Fault(reset_before=True), Fault(take=True, reset_after=True)
+RESET_BEFORE = Fault(reset_before=True)
+RESET_AFTER = Fault(take=True, reset_after=True)
 HTML = Fault(status=200, body=b"<html><h1>Please log in</h1></html>")
 
 
@@ -145,15 +169,17 @@ HTML = Fault(status=200, body=b"<html><h1>Please log in</h1></html>")
      RESET_BEFORE, HTML, Fault(status=200, body=b'{"id": "cut off'),
      Fault(status=200, body=b"", headers={"Content-Length": "1000"}, drip_s=0)],
 )  # fmt: skip
-def test_what_is_broken_is_tried_again_after_one_second_doubling(courier, spool, webex, fault):
+def test_what_is_broken_is_tried_again_after_one_second_doubling(
+    courier, spool, webex, totals, fault
+):
     store(spool, "one", "two")
     webex.faults.extend([fault] * 3)
-    waits = [courier.step() for _ in range(3)]
-    for wait_s, expected in zip(waits, (1, 2, 4)):
-        assert expected * 0.8 <= wait_s <= expected * 1.2
-    assert courier.trouble.kind == "failed"
-    assert spool.rooms["/"]["waiting"] == 2
-    assert [courier.step(), courier.step(), courier.step()] == [0.0, 0.0, None]
+    for expected in (1, 2, 4):
+        assert expected * 0.8 <= courier.step() <= expected * 1.2
+    assert courier.trouble.failure.kind == "failed"
+    assert totals.rooms["/"].failures == {"failed": 3}
+    assert spool.waiting_total == 2
+    assert drain(courier) == [0.0, 0.0]
     assert names(webex) == ["one", "two"]
     assert courier.trouble is None
     webex.faults.append(fault)
@@ -163,28 +189,16 @@ def test_what_is_broken_is_tried_again_after_one_second_doubling(courier, spool,
 
 def test_waits_differ_lest_many_relays_come_back_at_once(courier, spool, webex):
     store(spool, "one")
-    webex.fault_for = lambda _: Fault(status=503)
-    waits = []
-    for _ in range(40):
-        courier.failures = 0
-        waits.append(courier.step())
+    webex.faults.extend([Fault(status=503), Fault(status=429)] * 40)  # which ends the doubling
+    waits = [courier.step() for _ in range(80)][::2]
     assert len(set(waits)) == 40
     assert 0.8 <= min(waits) < 1 < max(waits) <= 1.2
-
-
-def test_the_plain_form_waits_longer_after_each_failure_too(courier, spool, webex):
-    store(spool, "one")
-    webex.faults.extend([Fault(status=400), Fault(status=503)] * 3)
-    for expected in (1, 2, 4):
-        assert expected * 0.8 <= courier.step() <= expected * 1.2
 
 
 def test_a_reset_after_the_message_is_taken_repeats_it_and_loses_nothing(courier, spool, webex):
     store(spool, "one", "two")
     webex.faults.append(RESET_AFTER)
-    assert 0.8 <= courier.step() <= 1.2
-    while courier.step() is not None:
-        pass
+    drain(courier)
     assert names(webex) == ["one", "one", "two"]
 
 
@@ -195,267 +209,274 @@ def test_a_reset_after_the_message_is_taken_repeats_it_and_loses_nothing(courier
 )  # fmt: skip
 @pytest.mark.parametrize("status", [423, 429])
 def test_a_limit_pauses_the_room_for_as_long_as_webex_says(
-    courier, spool, webex, status, field, seconds
+    courier, spool, webex, caplog, status, field, seconds
 ):
     store(spool, "one")
     headers = {} if field is None else {"Retry-After": field}
     webex.faults.append(Fault(status=status, headers=headers))
     assert courier.step() == seconds
-    assert courier.trouble.kind == "paused"
-    assert courier.trouble.reason.startswith(f"{status} ")
+    assert courier.trouble.failure.kind == "paused"
+    assert courier.trouble.again_s == START_S + seconds
+    said = rf"paused: {status} .* \(trackingId ROUTER_\w+\); tried again in {seconds} s"
+    assert re.fullmatch(f"room /, alarm 1: delivery {said}", caplog.messages[-1])
     assert courier.step() == 0.0
     assert names(webex) == ["one"]
 
 
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 418])
 def test_a_hold_is_tried_again_every_minute_and_logged_when_its_reason_changes(
-    courier, spool, webex, status, caplog
+    courier, spool, webex, clock, status, caplog
 ):
     store(spool, "one", "two")
     webex.faults.extend([Fault(status=status)] * 4)  # each with a trackingId of its own
-    assert [courier.step() for _ in range(4)] == [60.0] * 4
-    assert courier.trouble.kind == "held"
-    assert courier.trouble.reason.startswith(f"{status} ")
-    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(errors) == 1
-    assert "says the stand-in" in errors[0].getMessage()
-    assert "trackingId ROUTER_" in errors[0].getMessage()
+    for _ in range(4):
+        assert courier.step() == 60.0
+        clock.now_s += 60
+    assert courier.trouble.failure.kind == "held"
+    assert (courier.trouble.since_s, courier.trouble.again_s) == (START_S, clock.now_s)
+    (error,) = errors_in(caplog)
+    said = rf"held: {status} .* says the stand-in.*\(trackingId ROUTER_\w+\); tried again in 60 s"
+    assert re.fullmatch(f"room /, alarm 1: delivery {said}", error)
     webex.faults.append(Fault(status=451))
     assert courier.step() == 60.0
-    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 2
-    while courier.step() is not None:
-        pass
+    assert len(errors_in(caplog)) == 2
+    drain(courier)
     assert names(webex) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("attribute", "wrong", "right", "said"),
     [
         (
-            Fault(status=401, headers={"Retry-After": "7"}),
-            "held: 401 Unauthorized.*; replace bearer_token and restart "
-            "(trackingId ROUTER_X); tried again in 60 s",
+            "token",
+            "another",
+            TOKEN,
+            "401 Unauthorized: The request requires a valid access token.*"
+            r"; replace bearer_token and restart \(",
         ),
         (
-            Fault(status=429, headers={"Retry-After": "7"}),
-            "paused: 429 Too Many Requests.* (trackingId ROUTER_X); tried again in 7 s",
+            "rooms",
+            set(),
+            {ROOM},
+            r"404 Not Found: Could not find a room with provided ID\."
+            r"; check room_id and webex_url, and that the bot is a member of the room \(",
         ),
     ],
 )
-def test_the_log_says_what_holds_an_alarm_what_to_do_and_when_it_goes_again(
-    courier, spool, webex, caplog, fault, said
+def test_what_somebody_has_to_mend_is_told_and_then_the_queue_drains(
+    courier, spool, webex, caplog, attribute, wrong, right, said
 ):
-    store(spool, "one")
-    webex.faults.append(fault)
+    store(spool, "one", "two")
+    setattr(webex, attribute, wrong)
+    assert courier.step() == 60.0
+    assert re.search(said, errors_in(caplog)[0])
+    setattr(webex, attribute, right)
+    drain(courier)
+    assert names(webex) == ["one", "two"]
+
+
+def test_late_alarms_say_so(courier, spool, webex, clock):
+    store(spool, "one", "two")
     courier.step()
-    form = re.escape(f"room /, alarm 1: delivery {said}").replace(r"\.\*", ".*")
-    assert re.fullmatch(form.replace("ROUTER_X", r"ROUTER_\S+"), caplog.messages[-1])
+    clock.now_s += 14.5 * 60
+    courier.step()
+    assert webex.texts()[1].endswith("<br>**Delayed:** relayed 14 min after it came in")
+    assert "Delayed" not in webex.texts()[0]
 
 
-def test_a_wrong_token_holds_and_the_queue_drains_once_it_is_right(courier, spool, webex):
-    store(spool, "one", "two")
-    webex.token = "another"
-    assert courier.step() == 60.0
-    assert "401 Unauthorized: The request requires a valid access token" in courier.trouble.reason
-    assert courier.trouble.advice == "; replace bearer_token and restart"
-    webex.token = TOKEN
-    while courier.step() is not None:
-        pass
-    assert names(webex) == ["one", "two"]
+# --- An alarm that Webex refuses ------------------------------------------------------------------
+UUID = "226bd188-35e8-4c5a-9e6c-2f4a7d3b1c00"
+REFUSED = Fault(status=400)
 
 
-def test_a_room_that_is_gone_holds_and_the_queue_drains_once_it_is_back(courier, spool, webex):
-    store(spool, "one", "two")
-    webex.rooms.clear()
-    assert courier.step() == 60.0
-    assert "404 Not Found: Could not find a room with provided ID." in courier.trouble.reason
-    webex.rooms.add(ROOM)
-    while courier.step() is not None:
-        pass
-    assert names(webex) == ["one", "two"]
-
-
-def test_a_refused_message_goes_once_more_as_plain_text(courier, spool, webex):
-    store(spool, "ñandú **one**", "two")
-    webex.faults.append(Fault(status=400))
-    assert [courier.step(), courier.step(), courier.step()] == [0.0, 0.0, None]
-    plain = webex.messages[0]
-    assert "markdown" not in plain
+@pytest.mark.parametrize("uuid", [UUID, UUID.upper(), "", None, 7, UUID + " <@all>", "x" * 36])
+def test_a_refused_alarm_goes_as_plain_text_then_without_its_text_and_the_next_follows(
+    courier, spool, webex, caplog, totals, uuid
+):
+    poison = {"message": "poison", "uuid": uuid}
+    put(spool, {"message": "ñandú **one**"}, poison, {"message": "two"})
+    webex.fault_for = lambda request: (
+        REFUSED if re.search("ñandú|poison", str(request["content"])) else None
+    )
+    assert drain(courier) == [0.0, 0.0, 0.0]
+    plain, sentence, next_one = webex.messages
+    assert set(plain) & {"markdown", "text"} == {"text"}
     assert "Message : ?and? **one**, is received" in plain["text"]
-    assert plain["text"].isascii()
-    assert "markdown" in webex.messages[1]
-
-
-def test_an_alarm_refused_in_both_forms_waits_a_minute_and_holds_no_other(
-    courier, spool, webex, clock
-):
-    def fault_for(request: dict) -> Fault | None:
-        return Fault(status=400) if "one" in json.dumps(request["content"]) else None
-
-    webex.fault_for = fault_for
-    store(spool, "one", "two")
-    assert [courier.step(), courier.step()] == [1.0, 0.0]
-    assert [courier.step(), courier.step()] == [1.0, None]  # a delivery says that the room is well
-    forms = [set(request["content"]) - {"roomId"} for request in webex.requests]
-    assert forms == [{"markdown"}, {"text"}, {"markdown"}, {"markdown"}, {"text"}]
-    assert names(webex) == ["two"]
-    assert spool.rooms["/"]["waiting"] == 1
-    assert courier.trouble.kind == "refused"
-    webex.fault_for = lambda _: None
-    clock.now_s += 59
-    assert courier.step() is None
-    clock.now_s += 1
-    assert [courier.step(), courier.step()] == [0.0, None]
-    assert names(webex) == ["two", "one"]
+    known_as = f" ({uuid})" if uuid in (UUID, UUID.upper()) else ""
+    words = f"Webex refuses the text of alarm 2{known_as}. It stands in the relay's log."
+    assert sentence["text"] == words
+    assert "two" in next_one["markdown"]
+    assert len(webex.requests) == 2 + 3 + 1
+    assert totals.rooms["/"].failures["refused"] == 1 + 2
+    assert errors_in(caplog) == [f"alarm 2 is not in the room but here: {json.dumps(poison)}"]
     assert courier.trouble is None
-    clock.now_s -= 3600
-    store(spool, "three")
-    webex.faults.extend([Fault(status=400)] * 2)
-    courier.step()
-    clock.now_s -= 86_400  # a clock set back sets nothing aside for a day
-    assert courier.step() == 0.0
-    assert names(webex) == ["two", "one", "three"]
 
 
-def test_after_a_spell_of_refusals_all_is_delivered_at_once(courier, spool, webex, clock):
-    webex.fault_for = lambda _: Fault(status=400)
+def test_a_room_that_refuses_every_form_is_asked_once_a_minute_and_keeps_the_order(
+    courier, spool, webex, clock, caplog, totals
+):
     store(spool, "one", "two", "three")
-    while (wait_s := courier.step()) is not None:
-        clock.now_s += wait_s
+    webex.fault_for = lambda _: REFUSED
+    for _ in range(5):
+        assert courier.step() == 60.0
+        clock.now_s += 60
+    assert courier.trouble.failure.kind == "refused"
+    assert (courier.trouble.since_s, courier.trouble.again_s) == (START_S, clock.now_s)
+    assert len(webex.requests) == 5 * 3
+    assert totals.rooms["/"].failures["refused"] == 5 * 3
+    assert len(errors_in(caplog)) == 1
+    assert spool.waiting_total == 3
     webex.fault_for = lambda _: None
-    store(spool, "four")
-    assert [courier.step() for _ in range(5)] == [0.0, 0.0, 0.0, 0.0, None]
-    assert names(webex) == ["four", "one", "two", "three"]
+    assert drain(courier) == [0.0, 0.0, 0.0]
+    assert names(webex) == ["one", "two", "three"]
+    assert courier.trouble is None
 
 
-def test_a_room_in_which_all_is_refused_is_asked_once_a_minute(courier, spool, webex, clock):
-    store(spool, *(f"number {number}" for number in range(100)))
-    webex.fault_for = lambda _: Fault(status=400)
-    while (wait_s := courier.step()) is not None:  # each once
-        clock.now_s += wait_s
-    count = len(webex.requests)
-    assert count < 2 * 100 + 10
-    for _ in range(300):
-        clock.now_s += 1
-        courier.step()
-    assert 2 * 4 <= len(webex.requests) - count <= 2 * 6
-    webex.fault_for = lambda _: None
-    clock.now_s += 60
-    while courier.step() is not None:
-        pass
-    numbers = [int(re.search(r"number (\d+)", text)[1]) for text in webex.alarms()]
-    assert sorted(numbers) == [*range(100)]
-
-
-@pytest.mark.parametrize("between", [Fault(status=503), Fault(status=429), RESET_BEFORE])
-def test_the_plain_form_is_tried_again_after_a_failure_in_between(courier, spool, webex, between):
+@pytest.mark.parametrize("refusals", [1, 2])
+@pytest.mark.parametrize("between", [Fault(status=503), RESET_BEFORE])
+def test_a_plainer_form_is_tried_again_after_failures_in_between_and_ever_later(
+    courier, spool, webex, refusals, between
+):
     store(spool, "one")
-    webex.faults.extend([Fault(status=400), between, Fault(status=400)])
-    assert courier.step() > 0
+    refused = [REFUSED] * refusals
+    webex.faults.extend([*refused, between] * 3 + refused)
+    for expected in (1, 2, 4):
+        assert expected * 0.8 <= courier.step() <= expected * 1.2
     assert courier.step() == 0.0
-    assert set(webex.messages[0]) >= {"text"}
+    (message,) = webex.messages
+    assert "text" in message
 
 
+# --- A disk that is full --------------------------------------------------------------------------
+class FullDisk(Spool):
+    """A spool that records no delivery as long as its disk is full."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.is_full = True
+        self.refusals = threading.Semaphore(0)  # one more for each
+
+    def record(self, delivery: Delivery) -> None:
+        if self.is_full:
+            self.refusals.release()
+            raise Unavailable("the disk is full")
+        super().record(delivery)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    spool = FullDisk(tmp_path / "state")
+    yield spool
+    spool.close()
+
+
+@pytest.mark.parametrize("count", [1, 11], ids=["a message", "a digest"])
+def test_a_delivery_is_recorded_before_the_next_message_is_sent_and_nothing_is_sent_twice(
+    full_disk, webex, clock, totals, count
+):
+    courier = courier_of(full_disk, webex, clock, totals)
+    store(full_disk, *(f"number {number}" for number in range(count)))
+    for number in (1, 2, 3):
+        with pytest.raises(Unavailable):
+            courier.step()
+        store(full_disk, f"later {number}")
+    assert len(webex.requests) == 1
+    full_disk.is_full = False
+    drain(courier)
+    said = [re.search("(number|later) [0-9]+", text)[0] for text in webex.alarms()]
+    later = ["later 1", "later 2", "later 3"]
+    assert said == [*(f"number {number}" for number in range(count)), *later]
+    assert full_disk.waiting_total == 0
+    assert totals.delivered() == count + 3
+
+
+def test_a_courier_asks_a_full_disk_again_until_it_has_space(full_disk, webex, clock, monkeypatch):
+    monkeypatch.setattr(alarmrelay, "DISK_RETRY_S", 0.01)
+    courier = courier_of(full_disk, webex, clock)
+    store(full_disk, "one", "two")
+    with in_a_thread(courier):
+        for _ in range(5):
+            assert full_disk.refusals.acquire(timeout=20)
+        assert names(webex) == ["one"]
+        full_disk.is_full = False
+        webex.wait_for(lambda: len(webex.messages) == 2)
+        courier.stop()
+    assert names(webex) == ["one", "two"]
+    assert full_disk.waiting_total == 0
+
+
+def test_a_kill_on_a_full_disk_repeats_one_message(full_disk, webex, clock):
+    store(full_disk, "one", "two")
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            courier_of(full_disk, webex, clock).step()
+    full_disk.is_full = False
+    drain(courier_of(full_disk, webex, clock))
+    assert names(webex) == ["one", "one", "one", "two"]
+
+
+# --- The client -----------------------------------------------------------------------------------
 @pytest.mark.pitfall(22)
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed_and_its_target_never_sees_the_token(
     courier, spool, webex, status
 ):
+    store(spool, "one")
     with WebexStandIn() as other:
-        store(spool, "one")
-        location = other.url + "/messages"
-        webex.faults.append(Fault(status=status, headers={"Location": location}))
+        webex.faults.append(Fault(status=status, headers={"Location": f"{other.url}/messages"}))
         assert 0.8 <= courier.step() <= 1.2
-        assert f"{status} " in courier.trouble.reason
-        assert other.requests == []
+        assert f"{status} " in courier.trouble.failure.reason
         assert courier.step() == 0.0
         assert other.requests == []
     assert names(webex) == ["one"]
 
 
-def test_a_server_that_hangs_is_cut_off_at_the_deadline(spool, webex, monkeypatch):
-    monkeypatch.setattr(alarmrelay, "REQUEST_S", 0.5)
-    release = threading.Event()
-    webex.faults.append(Fault(hold=release))
-    answer = Client(webex.url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
-    release.set()
-    assert answer[0] == 0
-    assert answer[1] == "no answer within 0.5 s"
-
-
-@pytest.mark.parametrize("drip_body", [False, True])
-def test_a_server_that_drips_is_cut_off_at_the_deadline(webex, drip_body, monkeypatch):
-    monkeypatch.setattr(alarmrelay, "REQUEST_S", 0.5)
-    webex.faults.append(Fault(status=200, take=True, drip_s=0.05, drip_body=drip_body))
-    client = Client(webex.url, f"Bearer {TOKEN}")
-    assert judge(client.ask("/messages", PAYLOAD), 0, NOW).kind == "failed"
-
-
 @pytest.fixture
-def two_addresses(webex, monkeypatch):
-    """Let Webex's name have two addresses, of which the first takes no connection."""
+def webex_client(webex):
+    return Client(webex.url, f"Bearer {TOKEN}")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(drip_s=60), Fault(status=200, take=True, drip_s=60, drip_body=True)],
+    ids=["before its answer", "in the middle of its answer"],
+)
+def test_a_webex_that_hangs_is_hung_up_on(webex_client, webex, monkeypatch, fault):
+    monkeypatch.setattr(alarmrelay, "READ_S", 0.3)
+    webex.faults.append(fault)
+    hung_up = webex_client.ask("/messages", PAYLOAD)
+    assert hung_up == Answer(0, "no answer within 0.3 s", {}, b"")
+    assert judge(hung_up, 0, NOW).meaning.does == "does not answer"
+
+
+def test_while_a_message_is_sent_the_watchdog_waits_as_long_as_a_send_may_take(
+    courier, spool, webex
+):
+    seen = []
+    webex.fault_for = lambda _: seen.append(courier.deadline.left_s())
+    store(spool, "one")
+    courier.step()
+    assert alarmrelay.STALL_S < seen[0] <= alarmrelay.SEND_S
+
+
+def test_an_address_that_does_not_answer_gives_way_to_the_next(webex_client, webex, monkeypatch):
+    monkeypatch.setattr(alarmrelay, "READ_S", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)
         with socket.create_connection(silent.getsockname()):  # fills its queue
+            port = int(webex.url.split(":")[2].partition("/")[0])
             here = [
                 (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
-                for address in (
-                    silent.getsockname(),
-                    ("127.0.0.1", int(webex.url.split(":")[2][:-3])),
-                )
+                for address in (silent.getsockname(), ("127.0.0.1", port))
             ]
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: here)
-            yield
-
-
-def test_an_address_that_does_not_answer_gives_way_to_the_next(two_addresses, webex, monkeypatch):
-    monkeypatch.setattr(alarmrelay, "CONNECT_S", 0.3)
-    answer = Client(webex.url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
-    assert answer[0] == 200
+            assert webex_client.ask("/messages", PAYLOAD).status == 200
     assert len(webex.messages) == 1
-
-
-def test_the_deadline_counts_once_the_message_is_sent(two_addresses, webex, monkeypatch):
-    """Lest a message that was sent late is taken for failed, and stands in the room twice."""
-    monkeypatch.setattr(alarmrelay, "CONNECT_S", 1.5)
-    monkeypatch.setattr(alarmrelay, "REQUEST_S", 1.0)
-    assert Client(webex.url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)[0] == 200
-    assert len(webex.messages) == 1
-
-
-def test_certificates_are_verified():
-    tls = Client("https://webexapis.com/v1", f"Bearer {TOKEN}").tls
-    assert tls.check_hostname
-    assert tls.verify_mode == ssl.CERT_REQUIRED
-
-
-def first_bytes_of_a_request_to(url: str, listener: socket.socket) -> bytes:
-    thread = threading.Thread(
-        target=Client(url, f"Bearer {TOKEN}").ask,
-        args=("/messages", PAYLOAD),
-    )
-    thread.start()
-    connection, _ = listener.accept()
-    with connection:
-        data = connection.recv(1000)
-    thread.join(10)
-    return data
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_https_is_spoken_with_tls_and_through_the_proxy(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
-        here = f"127.0.0.1:{listener.getsockname()[1]}"
-        assert first_bytes_of_a_request_to(f"https://{here}/v1", listener)[0] == 0x16  # handshake
-        monkeypatch.setenv("https_proxy", f"http://{here}")
-        asked = first_bytes_of_a_request_to("https://webex.example/v1", listener)
-        assert asked.startswith(b"CONNECT webex.example:443 HTTP/1.")
-        assert TOKEN.encode() not in asked
-    # Older http.client, as in Python 3.11.2, leaves a refused CONNECT to the garbage collector.
-    gc.collect()
 
 
 def test_a_slash_at_the_end_of_the_url_is_not_doubled(webex):
@@ -463,88 +484,64 @@ def test_a_slash_at_the_end_of_the_url_is_not_doubled(webex):
     assert webex.requests[0]["path"] == "/v1/messages"
 
 
-def test_an_arrival_during_the_look_into_the_spool_is_not_missed(courier, spool, monkeypatch):
-    def arrives(*_):
-        courier.arrived.set()
-        return [], ""
-
-    monkeypatch.setattr(spool, "oldest_waiting", arrives)
-    assert courier.step() is None
-    assert courier.arrived.is_set()
-
-
-def test_sixty_seconds_are_the_deadline():
-    assert alarmrelay.REQUEST_S == 60
-
-
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:9/v1", "http://localhost:9", "https://127.0.0.1:9/v1"]
 )
 def test_a_webex_that_cannot_be_reached_is_a_failure(url):
-    answer = Client(url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
-    assert answer[0] == 0
-    assert "refused" in answer[1]
-    assert judge(answer, 0, NOW).kind == "failed"
+    unreached = Client(url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
+    assert unreached.status == 0
+    assert "refused" in unreached.reason
+    assert judge(unreached, 0, NOW).kind == "failed"
 
 
-def test_an_answer_of_endless_length_is_not_read_to_its_end(webex):
+def test_an_answer_of_endless_length_is_not_read_to_its_end(webex_client, webex):
     webex.faults.append(Fault(status=200, body=b'{"id": "' + b"x" * 5_000_000 + b'"}'))
-    answer = Client(webex.url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
-    assert len(answer[3]) == 2**20
-    assert judge(answer, 0, NOW).kind == "failed"
+    endless = webex_client.ask("/messages", PAYLOAD)
+    assert len(endless.body) == 2**20
+    assert judge(endless, 0, NOW).kind == "failed"
 
 
 def test_no_proxy_is_asked_for_a_loopback_address(webex, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    answer = Client(webex.url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD)
-    assert answer[0] == 200
+    assert Client(webex.url, f"Bearer {TOKEN}").ask("/messages", PAYLOAD).status == 200
 
 
-def test_the_plain_form_keeps_its_last_lines(courier, spool, webex, clock):
-    courier.settings["vmanage_url"] = "https://v"
-    values = [{f"key {number}": "ñ" * 40 for number in range(50)}]
-    fields = {"message": "m", "uuid": "u-1", "values": values}
-    spool.store("/", b"r", [Alarm(fields, int(START_S * 1000))])
-    webex.faults.append(Fault(status=400))
-    clock.now_s += 14 * 60
-    courier.step()
-    text = webex.messages[0]["text"]
-    assert len(text) <= 1000
-    assert "\nDelayed: relayed 14 min after it came in\n[Open in vManage](https://v/#/" in text
-    assert re.search(r"\n\? \(\d+ more lines\)$", text)
+# --- The courier's loop ---------------------------------------------------------------------------
+def test_an_arrival_during_the_look_into_the_spool_is_not_missed(courier, spool, monkeypatch):
+    looks = []
 
+    def look(room: str) -> Batch:
+        looks.append(courier.arrived.is_set())
+        if len(looks) == 1:
+            courier.arrived.set()
+        else:
+            courier.stop()
+        return Batch([], "")
 
-def test_late_alarms_say_so(courier, spool, webex, clock):
-    store(spool, "one", "two")
-    courier.step()
-    clock.now_s += timedelta(minutes=14, seconds=30).total_seconds()
-    courier.step()
-    assert webex.texts()[1].endswith("<br>**Delayed:** relayed 14 min after it came in")
-    assert "Delayed" not in webex.texts()[0]
+    monkeypatch.setattr(spool, "next_batch", look)
+    with in_a_thread(courier):
+        pass
+    assert looks == [False, False]  # nor told twice
 
 
 def test_an_alarm_that_breaks_the_program_itself_waits_and_is_logged(
-    courier, spool, webex, monkeypatch, caplog
+    courier, spool, monkeypatch, caplog
 ):
     store(spool, "one")
 
-    def broken(*_: object) -> float:
-        courier.stopping.set()
+    def broken() -> float:
+        courier.stop()
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Courier, "step", broken)
+    monkeypatch.setattr(courier, "step", broken)
     courier.run()
-    assert "an error in alarmrelay itself" in caplog.text
+    assert "room /: an error in alarmrelay itself" in caplog.text
     assert "ZeroDivisionError" in caplog.text
-    assert spool.rooms["/"]["waiting"] == 1
+    assert spool.waiting_total == 1
 
 
-def test_the_courier_stops_when_it_is_told_and_never_misses_it(courier, spool, webex):
-    for _ in range(50):
-        courier.stopping.clear()
-        thread = threading.Thread(target=courier.run)
-        thread.start()
-        courier.stopping.set()
-        courier.arrived.set()
-        thread.join(10)
-        assert not thread.is_alive()
+def test_the_courier_stops_when_it_is_told_and_never_misses_it(spool, webex, clock):
+    for _ in range(20):
+        courier = courier_of(spool, webex, clock)
+        with in_a_thread(courier):
+            courier.stop()

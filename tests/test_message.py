@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import random
 import re
@@ -13,16 +14,28 @@ from zoneinfo import ZoneInfo
 import pytest
 from harness import PAYLOADS, PROGRAM, RECORDED
 
-import alarmrelay
-from alarmrelay import Alarm, Refused, format_digest, parse_alarms, plain_text, show
+from alarmrelay import (
+    Alarm,
+    BadRequest,
+    Spool,
+    StoredAlarm,
+    cap,
+    format_digest,
+    parse_alarms,
+    show,
+)
 
 MADRID = ZoneInfo("Europe/Madrid")
 NOON_MS = 1_700_000_000_000  # Tue Nov 14 23:13:20 2023 CET
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
 
 
-def message(alarm: dict, delay_ms: int = 0) -> str:
-    return Alarm(alarm, NOON_MS).message(NOON_MS + delay_ms, MADRID)
+def message(fields: dict, delay_ms: int = 0) -> str:
+    return Alarm(fields, NOON_MS).message(NOON_MS + delay_ms, MADRID)
+
+
+def plain_text(fields: dict) -> str:
+    return Alarm(fields, NOON_MS).plain_text(MADRID)
 
 
 def lines(alarm: dict) -> list[str]:
@@ -48,20 +61,10 @@ def test_each_sample_gives_its_golden_message(sample):
 
 def test_the_samples_cover_what_vmanage_sends():
     names = {path.stem for path in SAMPLES}
-    correlated = {
-        f"{component}_{place}_{direction}"
-        for component in ("bfd", "control", "omp")
-        for place in ("tloc", "node", "site")
-        for direction in ("down", "up")
-    }
-    events = {"system_reboot_issued", "interface_down", "interface_up_clear", "cpu_usage"}
-    texts = {
-        "certificate_expiring",
-        "non_ascii",
-        "hostile_text",
-        "bfd_site_down_14_consumed_events",
-    }
-    assert correlated | events | texts <= names
+    for component, place in itertools.product(("bfd", "control", "omp"), ("tloc", "node", "site")):
+        assert {f"{component}_{place}_down", f"{component}_{place}_up"} <= names
+    assert {"system_reboot_issued", "interface_down", "interface_up_clear"} <= names
+    assert {"cpu_usage", "certificate_expiring"} <= names
     many = json.loads((PAYLOADS / "bfd_site_down_14_consumed_events.json").read_text())
     assert len(many["consumed_events"]) == 14
 
@@ -139,17 +142,20 @@ def test_the_message_is_the_same_under_any_locale_and_zone_of_the_host(language)
     ],
 )
 def test_marks_are_vmanages_colours_and_a_clear_says_so(severity, shown):
-    assert lines({"severity": severity})[1] == f"**Severity:** {shown}"
-    cleared = lines({"severity": severity, "active": False})[1]
-    assert cleared == f"**Severity:** ✅ cleared ({shown.split(' ', 1)[1]})"
-    assert lines({"severity": severity, "active": "false"})[1] == f"**Severity:** {shown}"
+    words = shown.split(" ", 1)[1]
+    fields = {"severity": severity}
+    assert lines(fields)[1] == f"**Severity:** {shown}"
+    assert lines({**fields, "active": "false"})[1] == f"**Severity:** {shown}"
+    assert lines({**fields, "active": False})[1] == f"**Severity:** ✅ cleared ({words})"
+    assert plain_text({**fields, "active": False}).splitlines()[1].endswith(" (cleared)")
 
 
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
         ({"rule_name_display": "Certificate expiring", "type": "x"}, "Certificate expiring"),
-        ({"rule_name_display": "", "rulename": "tloc_down"}, "tloc_down"),
+        ({"rule_name_display": "", "rulename": "tloc_down", "type": "x"}, "tloc_down"),
+        ({"type": "x", "eventname": "y"}, "x"),
         ({"rule_name_display": None, "rulename": 7, "type": "node_up"}, "node_up"),
         ({"rule_name_display": "  ", "eventname": "cpu-usage"}, "cpu-usage"),
         ({"eventname": "rulename"}, "unknown alarm"),
@@ -160,17 +166,6 @@ def test_the_name_falls_back(fields, name):
     assert f"**Alarm Event** : {name}, **Message**" in message(fields)
 
 
-def test_what_comes_first_wins():
-    alarm = {"rule_name_display": "a", "rulename": "b", "type": "c", "eventname": "d"}
-    for key in list(alarm):
-        assert f"**Alarm Event** : {alarm[key]}, " in message(alarm)
-        del alarm[key]
-    alarm = {"values_short_display": [{"a": 1}], "values": [{"b": 1}], "devices": [{"c": 1}]}
-    for name in "abc":
-        assert shown_values(alarm) == [(name, "1")]
-        del alarm[next(iter(alarm))]
-
-
 @pytest.mark.parametrize(
     ("alarm", "shown"),
     [
@@ -179,6 +174,7 @@ def test_what_comes_first_wins():
         ({"values_short_display": [{}], "values": {"a": None}}, [("a", "null")]),
         ({"values": "x", "devices": [{"a": {"b": [1, "ñ"]}}]}, [("a", '{"b": [1, "ñ"]}')]),
         ({"values_short_display": [3, {"a": True}], "values": [{"b": 1}]}, [("a", "true")]),
+        ({"values": [{"a": 1}], "devices": [{"b": 1}]}, [("a", "1")]),
         ({"devices": [{"a": 1.5}]}, [("a", "1.5")]),
         ({"values": [["a"]]}, []),
     ],
@@ -207,19 +203,29 @@ def test_values_fall_back_and_anything_is_shown_as_text(alarm, shown):
 )
 def test_alarm_text_is_shown_literally(text, shown):
     assert show(text) == shown
-    assert plain_text(show(text)).isascii()
 
 
-def test_seven_bit_plain_text_has_no_markup_and_stays_small():
-    alarm = json.loads((PAYLOADS / "hostile_text.json").read_text())
-    text = plain_text(message(alarm))
-    assert text.startswith(
+def test_what_is_nested_too_deeply_for_python_is_shown_as_that():
+    nested: list = []
+    for _ in range(10_000):
+        nested = [nested]
+    assert show(nested) == "nested too deeply to be shown"
+
+
+def test_the_plain_text_is_in_ascii_without_markup_and_small():
+    text = plain_text(json.loads((PAYLOADS / "hostile_text.json").read_text()))
+    assert text.splitlines() == [
         "Team, Alarm Event : System_Reboot_Issued**, **Message** : all is well, Message : <@all> "
-        "see [this](https://example.com/), `rm` ~~no~~ **yes** _maybe_ a\\b &lt; # Heading"
-    )
-    assert "\nSeverity: ? Minor\nReceive Time: Thu Jul 25" in text
-    assert "\nkey **bold**: line 1 line 2\n__init__: snake_case _x_ 2*3\n" in text
-    assert len(plain_text(message({"message": "ñ" * 5000}))) == 1000
+        "see [this](https://example.com/), `rm` ~~no~~ **yes** _maybe_ a\\b &lt; # Heading  -  "
+        "gnp.exe , is received from vManage and here are the complete details",
+        "Severity: Minor",
+        "Receive Time: Thu Jul 25 11:48:20 2024 CEST",
+        "host-name: <@all> _edge_",
+        "key **bold**: line 1 line 2",
+        "__init__: snake_case _x_ 2*3",
+        "<br>: <@personEmail:a@example.com|A>",
+    ]
+    assert len(plain_text({"message": "ñ" * 5000})) == 1000
 
 
 @pytest.mark.parametrize(
@@ -239,6 +245,33 @@ def test_old_news_says_so_in_a_last_line(delay_s, words):
     assert last == (f"**Delayed:** relayed {words} after it came in" if words else " **a:** b")
 
 
+@pytest.mark.parametrize(
+    ("text", "most_bytes", "shown"),
+    [
+        ("abcd", 4, "abcd"),
+        ("abcde", 4, "a…"),
+        ("ññ", 4, "ññ"),
+        ("ñññ", 5, "ñ…"),
+        ("🚨🚨🚨", 11, "🚨…"),
+        ("a*b", 4, "a\\*b"),
+        ("a***", 6, "a\\*…"),
+        ("<<", 8, "&lt;&lt;"),
+        ("<<<", 8, "&lt;…"),
+        ("a_bc", 4, "a_bc"),
+        ("a_bcdef", 6, "a\\_…"),
+    ],
+)
+def test_a_text_is_cut_between_characters_and_their_escapes(text, most_bytes, shown):
+    assert cap(text, most_bytes, show) == shown
+
+
+def test_of_a_message_that_is_too_long_the_long_values_are_cut_and_the_others_stay():
+    kept = lines({"message": "x" * 9000, "values": [{"a": "y" * 1000}, {"b": "ñ" * 4000}]})
+    assert re.fullmatch(r"Team, .* : x{2900,2997}…, is received from vManage .*", kept[0])
+    assert kept[3] == f" **a:** {'y' * 1000}"
+    assert re.fullmatch(r" \*\*b:\*\* ñ{1450,1498}…", kept[4])
+
+
 ALPHABETS = ["a", "ñ", "接", "🚨", "*", "<", "&", "_", "\n", "\\", "a_*ñ🚨<"]
 
 
@@ -246,39 +279,37 @@ ALPHABETS = ["a", "ñ", "接", "🚨", "*", "<", "&", "_", "\n", "\\", "a_*ñ�
 @pytest.mark.parametrize("delay_ms", [0, 3_600_000])
 @pytest.mark.parametrize("where", ["message", "rule_name_display", "value", "values", "keys"])
 def test_no_message_is_longer_than_webex_takes(alphabet, delay_ms, where):
-    for length in (7000, 7200, 7300, 7331, 7336, 7338, 7400, 40_000):
+    for length in (2900, 3000, 7000, 7200, 7300, 7331, 7336, 7338, 7400, 40_000):
         text = (alphabet * length)[:length]
+        parts = [text[i : i + 50] for i in range(0, length, 50)]
         alarm: dict = {"receive_time": NOON_MS, "values": [{"first": "kept"}]}
         if where in ("message", "rule_name_display"):
             alarm[where] = text
         elif where == "value":
             alarm["values"].append({"long": text})
         elif where == "values":
-            alarm["values"] += [{f"k{i}": text[i : i + 50]} for i in range(0, length, 50)]
+            alarm["values"] += [{f"k{i}": part} for i, part in enumerate(parts)]
         else:
-            alarm["values"] += [{text[i : i + 50] + str(i): i} for i in range(0, length, 50)]
+            alarm["values"] += [{f"{part}{i}": i} for i, part in enumerate(parts)]
         result = message(alarm, delay_ms)
         assert len(result.encode()) <= 7439
-        assert not re.search(r"(?<!\\)(\\\\)*\\(<br>|$)", result)  # no escape is cut in half
-        assert not re.search(r"&\w*(<br>|$)", result)
-        assert result.replace("\\*", "").count("**") % 2 == 0  # nor is a bold word
-        assert "***" not in re.sub(r"\\.", "", result)
-        assert re.sub(r"\\.", "", result).replace("**", "").count("*") == 0
-        if re.search(r"… \(\d+ more lines\)$", result):
-            assert ("**Delayed:** relayed 60 min" in result) == bool(delay_ms)
-            if where.startswith("value") or where == "keys":
-                assert "<br> **first:** kept<br>" in result
-            if "complete details" not in result:  # cut in the first line: as much as fits
-                assert len(result.encode()) > 7439 - 20
+        assert not re.search(r"(?<!\\)(\\\\)*\\(<br>|…|$)", result)  # no escape is cut in half
+        assert not re.search(r"&\w*(<br>|…|$)", result)
+        without_escapes = re.sub(r"\\.", "", result)
+        assert "***" not in without_escapes
+        assert without_escapes.count("**") % 2 == 0  # nor is a bold word
+        assert "*" not in without_escapes.replace("**", "")
+        kept = result.split("<br>")
+        assert "complete details" in kept[0]
+        assert kept[3] == " **first:** kept"
+        if delay_ms:
+            assert kept.pop() == "**Delayed:** relayed 60 min after it came in"
+        more = re.fullmatch(r"… \((\d+) more lines\)", kept[-1])
+        if more:
+            assert len(result.encode()) > 7439 - 400  # another line would be too long
+            assert len(kept) - 1 + int(more[1]) == 3 + len(alarm["values"])
         else:
-            assert len(result.split("<br>")) == 3 + len(alarm["values"]) + bool(delay_ms)
-
-
-def test_what_is_cut_off_is_counted():
-    kept = message({"values": [{f"{i}": "x" * 1000} for i in range(20)]})
-    shown = kept.count("<br>")
-    assert kept.endswith(f"<br>… ({23 - shown} more lines)")
-    assert len(kept.encode()) <= 7439 < len(kept.encode()) + 1010
+            assert len(kept) == 3 + len(alarm["values"])
 
 
 JUNK = [
@@ -310,6 +341,11 @@ def mangle(alarm: object, dice: random.Random) -> object:
     return dice.choice(JUNK)
 
 
+def from_the_spool(alarm: Alarm) -> Alarm:
+    """Return an alarm as it is once it was stored."""
+    return StoredAlarm.from_row((1, "/", json.dumps(alarm.fields), NOON_MS, None)).alarm
+
+
 def test_mangled_alarms_are_relayed_with_what_is_there():
     dice = random.Random(20200118)
     originals = [json.loads(path.read_bytes()) for path in [*SAMPLES, *RECORDED]]
@@ -319,62 +355,65 @@ def test_mangled_alarms_are_relayed_with_what_is_there():
             mangled = {}
         # As it comes over the wire, and as it comes out of the spool again.
         (alarm,) = parse_alarms(json.dumps(mangled).encode(), 0)
-        alarm = alarmrelay.DECODER.decode(json.dumps(alarm.fields))
-        result = message(alarm, dice.choice([0, 10**7]))
+        fields = from_the_spool(alarm).fields
+        result = message(fields, dice.choice([0, 10**7]))
         encoded = result.encode()
         assert len(encoded) <= 7439
         assert result.startswith("Team, **Alarm Event** : ")
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", result)
         assert not re.search(r"<(?!br>)", result)
-        assert len(plain_text(result)) <= 1000
-        if "more lines)" not in result:
-            entries = alarm.get("values_short_display")
+        assert re.fullmatch(r"[\n -~]{1,1000}", plain_text(fields))
+        if "…" not in result:
+            entries = fields.get("values_short_display")
             for entry in entries if isinstance(entries, list) else []:
                 for key in entry if isinstance(entry, dict) else []:
                     assert f"**{show(key).strip()}:** {show(entry[key])}" in result
 
 
-def read(body: bytes) -> list[str] | None:
-    """Return what the spool would keep, None if the body is refused with a 400."""
+def stored(spool: Spool, body: bytes) -> Alarm | None:
+    """Return an alarm as it comes out of the spool, None if it is refused."""
+    room = str(len(body))  # one for each
     try:
-        return [json.dumps(alarm.fields) for alarm in parse_alarms(body, 0)]
-    except Refused as refusal:
-        return {400: None}[refusal.status]
+        spool.store(room, body, parse_alarms(body, NOON_MS), "127.0.0.1")
+    except BadRequest:
+        return None
+    return spool.next_batch(room).alarms[0].alarm
 
 
 @pytest.mark.parametrize(
     "shape",
     [
         '{"values": [{"k": %s}], "rulename": "X_Down"}',
-        '{"message": %s, "uuid": %s}',
+        '[{"message": %s, "uuid": %s}]',
         '{"active": false, "cleared_events": [%s]}',
     ],
 )
 @pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")], ids=["list", "object"])
-def test_the_deepest_alarm_that_is_taken_can_be_shown(shape, opening, closing):
-    def text(depth: int) -> bytes:
+def test_deep_nesting_is_relayed_or_refused_but_never_taken_and_stuck(
+    spool, shape, opening, closing
+):
+    def body(depth: int) -> bytes:
         return shape.replace("%s", opening * depth + "7" + closing * depth).encode()
 
-    low, high = 1, 20_000
-    while low + 1 < high:
-        depth = (low + high) // 2
-        low, high = (depth, high) if read(text(depth)) else (low, depth)
-    for depth in range(max(1, low - 3), low + 1):
-        (alarm,) = parse_alarms(text(depth), 0)
-        assert alarm.message(0, MADRID)
-        assert format_digest([alarm], 0, MADRID)[1] <= 1  # its line was made, long or not
-        assert alarm.threads()
-    assert low > 100
-
-
-@pytest.mark.parametrize("depth", [10, 100, 400, 900, 1000, 3000, 10_000, 100_000])
-def test_deep_nesting_is_relayed_or_refused_but_never_taken_and_stuck(depth):
-    for opening, closing in (("[", "]"), ('{"a":', "}")):
-        text = '{"values": [{"deep": ' + opening * depth + "1" + closing * depth + "}]}"
-        for kept in (read(text.encode()), read(f"[{text}]".encode())):
-            assert kept or depth >= 400
-            for body in kept or []:
-                assert "**Receive Time:**" in message(alarmrelay.DECODER.decode(body))
+    taken = 100
+    refused = 100_000
+    assert stored(spool, body(taken))
+    assert not stored(spool, body(refused))
+    while taken + 1 < refused:
+        depth = (taken + refused) // 2
+        if stored(spool, body(depth)):
+            taken = depth
+        else:
+            refused = depth
+    for depth in range(taken - 3, taken + 1):
+        alarm = stored(spool, body(depth))
+        text = alarm.message(NOON_MS, MADRID)
+        assert text.startswith("Team, **Alarm Event** : ")
+        assert "damaged" not in text
+        assert alarm.plain_text(MADRID)
+        assert format_digest([alarm], NOON_MS, MADRID)[1] <= 1  # its line was made, long or not
+        assert isinstance(alarm.uuid() + "".join(alarm.cleared_uuids()), str)
+        assert alarm.outage() is None or "X" in alarm.outage()
 
 
 @pytest.mark.parametrize(
@@ -393,9 +432,8 @@ def test_what_can_be_read_as_an_alarm_is_one(body, count):
     taken = parse_alarms(body, 0)
     assert len(taken) == count
     for alarm in taken:
-        text = json.dumps(alarm.fields)
-        text.encode()  # it can be stored
-        assert alarmrelay.DECODER.decode(text) == alarm.fields
+        json.dumps(alarm.fields).encode()  # it can be stored
+        assert from_the_spool(alarm) == Alarm(alarm.fields, NOON_MS)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +442,5 @@ def test_what_can_be_read_as_an_alarm_is_one(body, count):
      b"\xff\xfe\x00", b"\x00"],
 )  # fmt: skip
 def test_what_is_no_alarm_is_refused_with_a_reason(body):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(BadRequest, match=r"no JSON that can be read: |expected an alarm, a JSON "):
         parse_alarms(body, 0)
-    assert caught.value.status == 400
-    assert "expected" in str(caught.value).lower() or "json" in str(caught.value).lower()

@@ -22,11 +22,24 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PASSWORD, PAYLOADS, PROGRAM, RECORDED, Client, Relay, basic, head
+from harness import (
+    PASSWORD,
+    PAYLOADS,
+    PROGRAM,
+    RECORDED,
+    Client,
+    Relay,
+    basic,
+    crowd,
+    get,
+    head,
+    posted,
+)
 from webex_standin import TOKEN, Fault, WebexStandIn
 
-from alarmrelay import Alarm, Spool
+from alarmrelay import Alarm, Delivery, Spool
 
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 SAMPLES = sorted(PAYLOADS.glob("*.json"))
 WORKSHOP_MESSAGE = (
     "Team, **Alarm Event** : System_Reboot_Issued, **Message** : The device rebooted, is received "
@@ -143,10 +156,10 @@ def test_posts_are_answered_while_webex_hangs(relay, webex):
 
 
 def test_status_tells_waiting_delivered_and_what_holds(relay, webex):
-    assert relay.told("STATUS=") == (
-        "STATUS=All alarms are in the room; "
-        f"listening on 127.0.0.1 port {relay.port}; 0 waiting, 0 delivered"
-    )
+    where = f"listening on 127.0.0.1 port {relay.port}"
+    status = f"STATUS=All alarms are in the room; {where}; 0 waiting, 0 delivered"
+    assert f"READY=1\n{status}" in relay.said
+    assert relay.told("STATUS=") == status
     relay.post(numbered(1))
     relay.told("0 waiting, 1 delivered")
     webex.token = "another"
@@ -161,10 +174,7 @@ def test_webex_down_is_no_reason_to_be_unhealthy(relay, webex):
     webex.fault_for = lambda _: Fault(status=503)
     relay.post(numbered(1))
     relay.told("Webex fails (503 ")
-    connection = relay.connect()
-    connection.request("GET", "/healthz")
-    assert connection.getresponse().status == 200
-    connection.close()
+    assert get(relay, "/healthz")[0] == 200
 
 
 def test_an_outage_is_ridden_out_and_the_doubling_wait_is_kept(tmp_path, webex):
@@ -187,70 +197,6 @@ def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
     assert numbers(webex) == [1]
 
 
-def wait_until_nothing_listens(relay: Relay) -> None:
-    """Wait until the stop is past the accept loop; only then does it wait for what is under way."""
-    while is_taken(relay.port):
-        pass
-
-
-@pytest.mark.pitfall(14)
-def test_sigterm_finishes_the_requests_in_flight_and_exits_0(tmp_path, webex):
-    relay = Relay(tmp_path, webex.url).start()
-    idle, busy = relay.connect(), relay.connect()
-    idle.request("POST", "/", json.dumps(numbered(0)).encode(), {"Authorization": basic()})
-    idle.getresponse().read()  # from now on this connection is idle, and must not be waited for
-    body = json.dumps(numbered(1)).encode()
-    busy.putrequest("POST", "/")
-    busy.putheader("Authorization", basic())
-    busy.putheader("Content-Length", str(len(body)))
-    busy.endheaders(body[:10])
-    relay.post(numbered(2))  # answered after the relay has begun to read the one above
-    relay.terminate()
-    relay.told("STOPPING=1")
-    wait_until_nothing_listens(relay)
-    with pytest.raises(subprocess.TimeoutExpired):
-        relay.process.wait(0.5)  # it waits for us
-    busy.send(body[10:])
-    assert busy.getresponse().status == 200
-    assert relay.process.wait(20) == 0
-    assert "Traceback" not in relay.log()
-    assert "Warning" not in relay.log()
-    idle.close()
-    busy.close()
-    with Relay(tmp_path, webex.url):
-        webex.wait_for(lambda: {1, 2} <= {n for n in numbers(webex) if n})
-
-
-def test_sigterm_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex):
-    release = threading.Event()
-    webex.faults.append(Fault(take=True, status=200, hold=release))
-    with Relay(tmp_path, webex.url) as relay:
-        slow = relay.connect()  # a request under way, for which the stop waits
-        slow.putrequest("POST", "/")
-        slow.endheaders()
-        relay.post(numbered(1))
-        relay.post(numbered(2))
-        webex.wait_for(lambda: webex.requests)
-        relay.terminate()
-        relay.told("STOPPING=1")
-        wait_until_nothing_listens(relay)
-        slow.close()
-        with pytest.raises(subprocess.TimeoutExpired):
-            relay.process.wait(0.5)  # it waits for Webex
-        release.set()
-        assert relay.process.wait(20) == 0
-    assert len(webex.requests) == 1
-    with Relay(tmp_path, webex.url):
-        webex.wait_for(lambda: len(webex.messages) >= 2)
-    assert numbers(webex) == [1, 2]  # the first was recorded, and not sent again
-
-
-@pytest.mark.pitfall(15)
-def test_ctrl_c_stops_it_as_well(relay):
-    relay.process.send_signal(signal.SIGINT)
-    assert relay.process.wait(20) == 0
-
-
 def test_systemd_is_told_at_a_path_as_well(tmp_path, webex):
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -261,7 +207,7 @@ def test_systemd_is_told_at_a_path_as_well(tmp_path, webex):
         with subprocess.Popen(relay.command, env=environ, stderr=subprocess.DEVNULL) as process:
             try:
                 assert systemd.recv(1000) == b"FDSTORE=1\nFDNAME=listen"
-                assert systemd.recv(1000) == b"READY=1"
+                assert systemd.recv(1000).startswith(b"READY=1\nSTATUS=All alarms are in the room")
             finally:
                 process.terminate()
 
@@ -286,7 +232,8 @@ class Systemd:
             process = subprocess.Popen(
                 [*prefix, *relay.command], env=environ, stderr=log, pass_fds=self.kept
             )
-        while not self.told or self.told[-1] != "READY=1":
+        text = b""
+        while not text.startswith(b"READY=1\n"):
             text, descriptors, _, _ = socket.recv_fds(self.socket, 1000, 4)
             self.told.append(text.decode())
             if text == b"FDSTOREREMOVE=1\nFDNAME=listen":
@@ -296,7 +243,6 @@ class Systemd:
             else:  # as of BARRIER=1, before which everything is done
                 for descriptor in descriptors:
                     os.close(descriptor)
-        self.told.append("")
         return process
 
     def close(self) -> None:
@@ -348,24 +294,21 @@ def test_another_listen_setting_gets_another_socket(tmp_path, webex):
 
 
 def test_retention_counts_days_and_a_full_spool_is_unhealthy(tmp_path, webex):
-    now_ms, day_ms = int(time.time() * 1000), 86_400_000
+    now_ms = int(time.time() * 1000)
     spool = Spool(tmp_path / "state")
     for days in (29, 31):
-        spool.store("/", b"%d" % days, [Alarm({}, now_ms - days * day_ms)])
-        spool.set_delivered("/", "m", now_ms - days * day_ms, spool.oldest_waiting("/", [])[0][0])
-    spool.store("/", b"many", [Alarm({}, now_ms)] * 100_000)
+        at_ms = now_ms - days * 86_400_000
+        spool.store("/", b"%d" % days, [Alarm({}, at_ms)], "127.0.0.1")
+        spool.record(Delivery("m", at_ms, spool.next_batch("/").alarms))
+    spool.store("/", b"many", [Alarm({}, now_ms)] * 100_000, "127.0.0.1")
     spool.close()
     webex.fault_for = lambda _: Fault(status=401)
     with Relay(tmp_path, webex.url) as relay:
         relay.told("100000 waiting")
-        connection = relay.connect()
-        connection.request("GET", "/healthz")
-        assert connection.getresponse().status == 503
-        connection.close()
-        connection.request("POST", "/", b"{}", {"Authorization": basic()})
-        refusal = connection.getresponse()
-        assert (refusal.status, refusal.headers["Retry-After"]) == (503, "30")
-        connection.close()
+        assert get(relay, "/healthz")[0] == 503
+        with Client(relay) as client:
+            refusal = client.ask(posted())
+        assert (refusal.status, refusal.headers["retry-after"]) == (503, "30")
     with contextlib.closing(sqlite3.connect(tmp_path / "state" / "alarmrelay.db")) as db:
         ids = [row[0] for row in db.execute("SELECT id FROM alarm ORDER BY id LIMIT 2")]
     assert ids == [1, 3]
@@ -386,16 +329,7 @@ def test_webex_cannot_forge_a_line_of_the_log(tmp_path, webex):
         assert not line.startswith("<0>")
 
 
-def test_a_client_that_says_nothing_does_not_keep_the_relay_from_stopping(tmp_path, webex):
-    with Relay(tmp_path, webex.url) as relay:
-        silent = relay.connect()
-        silent.connect()
-        relay.post(numbered(1))
-        assert relay.stop() == 0
-        silent.close()
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@needs_strace
 def test_the_certificates_take_their_memory_once_for_all_rooms(tmp_path, webex):
     trace, trusted = tmp_path / "trace", tmp_path / "trusted.pem"
     trusted.touch()
@@ -408,7 +342,7 @@ def test_the_certificates_take_their_memory_once_for_all_rooms(tmp_path, webex):
 
 
 @pytest.mark.pitfall(11)
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@needs_strace
 def test_an_fsync_stands_before_every_answer_and_each_is_one_write(tmp_path, webex):
     trace = tmp_path / "trace"
     calls = "trace=fsync,fdatasync,sendto,write"
@@ -430,6 +364,23 @@ def test_an_fsync_stands_before_every_answer_and_each_is_one_write(tmp_path, web
     assert order.count("B") == 0  # a body that goes by itself would wait for an acknowledgement
     for gap in order.split("A")[:20]:
         assert "S" in gap, order
+
+
+@needs_strace
+def test_posts_that_come_while_the_disk_is_slow_share_its_next_fsync(tmp_path, webex):
+    trace = tmp_path / "trace"
+    webex.fault_for = lambda _: Fault(status=401)  # so that only posts are written
+    slow = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_exit=100000"]  # microseconds
+    relay = Relay(tmp_path, webex.url)
+    relay.start("strace", "-D", "-f", "-qq", *slow, "-o", str(trace))
+    before = trace.read_text().count("fdatasync(")
+    with crowd(relay, 60) as clients:
+        for client in clients:
+            client.send(posted())
+        assert [client.answer().status for client in clients] == [200] * 60
+    assert trace.read_text().count("fdatasync(") - before < 30
+    relay.terminate()
+    assert relay.process.wait(60) == 0
 
 
 def load(relay: Relay, first: int, stop_after: int, answered: list[int]) -> None:
@@ -466,14 +417,19 @@ def test_an_answered_alarm_survives_kill_9(tmp_path, webex):
     dice = random.Random(5001)
     taken_and_reset = Fault(take=True, reset_after=True)
     kinds = [
-        *(Fault(status=503), Fault(status=429, headers={"Retry-After": "0"})),
-        *(Fault(reset_before=True), taken_and_reset, Fault(status=200, body=b"<html>")),
+        Fault(status=503),
+        Fault(status=429, headers={"Retry-After": "0"}),
+        Fault(reset_before=True),
+        taken_and_reset,
+        Fault(status=200, body=b"<html>"),
     ]
     used: list[Fault] = []
 
     def fault_for(_: object) -> Fault | None:
+        if dice.random() >= 0.1:
+            return None
         used.append(dice.choice(kinds))
-        return used[-1] if dice.random() < 0.1 else used.pop() and None
+        return used[-1]
 
     webex.fault_for = fault_for
     answered: list[int] = []
@@ -493,7 +449,8 @@ def test_an_answered_alarm_survives_kill_9(tmp_path, webex):
     first_arrivals = [number for number in dict.fromkeys(arrived) if number in set(order)]
     assert first_arrivals == order
     # Beside what was taken and then reset, only the one message in flight at each kill comes twice.
-    repeated, seen = 0, set()
+    repeated = 0
+    seen: set[str] = set()
     for text in webex.texts():
         said = set(re.findall(r"number (\d+)", text))
         repeated += bool(said & seen)

@@ -2,343 +2,295 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import itertools
 import json
 import sqlite3
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import faults
 import pytest
-from harness import Relay, environment, run
+from harness import Relay, environment, run, wait_until
 
 import alarmrelay
-from alarmrelay import Alarm, Refused, Spool
+from alarmrelay import Alarm, Backlog, Day, Delivery, Spool, Unavailable
 
 NUMBERS = itertools.count()
+AT_MS = 1_700_000_000_000
+DAY_MS = 86_400_000
 
 
-def posted(*bodies: str, request: bytes | None = None, received_ms: int | None = None) -> tuple:
-    """Return what Spool.store() is called with."""
+def store(
+    spool: Spool, *messages: str, request: bytes = b"", received_ms: int = AT_MS, room: str = "/"
+) -> bool:
+    """Store the alarms of a request, like no other unless its hash is given."""
     request = request or b"request %d" % next(NUMBERS)
-    at_ms = int(time.time() * 1000) if received_ms is None else received_ms
-    return "/", request, [Alarm({"message": body}, at_ms) for body in bodies or ("",)]
+    alarms = [Alarm({"message": message}, received_ms) for message in messages or ("",)]
+    return spool.store(room, request, alarms, "127.0.0.1")
 
 
-def traced(spool: Spool) -> list[str]:
-    """Return a list to which every statement from now on is added."""
-    statements: list[str] = []
-    spool._db.set_trace_callback(statements.append)
-    return statements
+def deliver(spool: Spool, count: int | None = None, delivered_ms: int = AT_MS) -> list[str]:
+    """Record the delivery of so many alarms of the next batch, and return what they say."""
+    alarms = spool.next_batch("/").alarms[:count]
+    spool.record(Delivery("message-of-webex", delivered_ms, alarms))
+    return [stored.alarm.text() for stored in alarms]
 
 
 def drain(spool: Spool) -> list[str]:
-    bodies = []
-    while alarms := spool.oldest_waiting("/", [])[0]:
-        bodies += [alarm.fields["message"] for alarm in alarms]
-        spool.set_delivered("/", f"message-{len(bodies)}", int(time.time() * 1000), *alarms)
-    return bodies
+    messages: list[str] = []
+    while spool.next_batch("/").alarms:
+        messages += deliver(spool)
+    return messages
 
 
-def test_every_commit_is_synced_and_no_other_process_can_open_the_file(spool):
-    def pragma(name: str) -> object:
-        return spool._db.execute(f"PRAGMA {name}").fetchone()[0]
-
-    assert pragma("synchronous") == 2  # FULL
-    assert pragma("journal_mode") == "wal"
-    assert pragma("locking_mode") == "exclusive"
+def backlog(spool: Spool) -> Backlog:
+    return spool.backlogs(["/"])["/"]
 
 
-def test_sorts_need_no_temporary_directory_though_the_cache_is_small(spool):
-    pragmas = ("cache_size", "temp_store")
-    found = [spool._db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
-    assert found == [-256, 2]  # KiB; MEMORY
+def day(spool: Spool, now_ms: int = AT_MS) -> Day:
+    return spool.days(["/"], now_ms)["/"]
+
+
+def rows(directory: Path, columns: str) -> list[tuple]:
+    """Return what stands in the file of a spool that is closed."""
+    with contextlib.closing(sqlite3.connect(directory / "alarmrelay.db")) as db:
+        return db.execute(f"SELECT {columns} FROM alarm ORDER BY id").fetchall()
+
+
+@contextlib.contextmanager
+def opened(directory: Path):
+    spool = Spool(directory)
+    yield spool
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [("synchronous", 2), ("journal_mode", "wal"), ("locking_mode", "exclusive")],
+)
+def test_every_commit_is_synced_and_the_file_is_the_spools_alone(spool, pragma, value):
+    assert faults.ask(spool, f"PRAGMA {pragma}") == [(value,)]
+
+
+def test_no_other_process_can_open_the_file(spool):
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        rows(spool.directory, "id")
 
 
 def test_alarms_come_out_oldest_first_and_once(spool):
-    assert list(spool.store(*posted("1"))) == [1]
-    assert list(spool.store(*posted("2", "3"))) == [2, 3]
-    assert spool.rooms["/"]["waiting"] == 3
+    assert store(spool, "1")
+    assert store(spool, "2", "3")
+    assert [stored.spool_id for stored in spool.next_batch("/").alarms] == [1, 2, 3]
+    assert backlog(spool).waiting == spool.waiting_total == 3
     assert drain(spool) == ["1", "2", "3"]
-    assert (spool.rooms["/"]["waiting"], spool.rooms["/"]["delivered"]) == (0, 3)
-    assert spool.oldest_waiting("/", []) == ([], "")
+    assert backlog(spool) == Backlog(0, None)
+    assert day(spool) == Day(3, AT_MS)
+    assert spool.waiting_total == 0
+    assert spool.next_batch("/").alarms == []
 
 
 def test_alarms_survive_and_ids_go_on(tmp_path):
-    spool = Spool(tmp_path)
-    spool.store(*posted("1", "2"))
-    spool.set_delivered("/", "m", 1, spool.oldest_waiting("/", [])[0][0])
-    spool.close()
-    again = Spool(tmp_path)
-    assert again.rooms["/"]["waiting"] == 1
-    assert list(again.store(*posted("3"))) == [3]
-    assert drain(again) == ["2", "3"]
-    again.close()
+    with opened(tmp_path) as spool:
+        store(spool, "1", "2")
+        deliver(spool, 1)
+    with opened(tmp_path) as spool:
+        assert spool.waiting_total == backlog(spool).waiting == 1
+        store(spool, "3")
+        assert [stored.spool_id for stored in spool.next_batch("/").alarms] == [2, 3]
+        assert drain(spool) == ["2", "3"]
 
 
-def test_requests_that_come_during_a_commit_share_the_next(spool):
-    statements = traced(spool)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        with spool._lock:  # as while another's commit is under way
-            answers = [pool.submit(spool.store, *posted(str(i))) for i in range(16)]
-            while len(spool._posted) < 16:
-                threading.Event().wait(0.001)
-        ids = sorted(next(iter(answer.result(10))) for answer in answers)
-    assert ids == list(range(1, 17))
-    assert statements.count("COMMIT") == 1
-    assert len(drain(spool)) == 16
+def test_jobs_that_wait_share_one_transaction(spool):
+    statements = faults.statements(spool)
+    with ThreadPoolExecutor(16) as pool:
+        with faults.busy(spool, jobs=16):
+            answers = [pool.submit(store, spool, str(number)) for number in range(16)]
+        assert all(answer.result(10) for answer in answers)
+    assert statements.count("COMMIT") == 2  # that of the job which kept the thread busy, and theirs
+    assert sorted(drain(spool), key=int) == [str(number) for number in range(16)]
 
 
 def test_many_threads_lose_nothing(spool):
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        ranges = pool.map(lambda i: spool.store(*posted(str(i), f"{i} too")), range(500))
-        ids = [spool_id for ids in ranges for spool_id in ids]
-    assert sorted(ids) == list(range(1, 1001))
-    assert spool.rooms["/"]["waiting"] == 1000
-    assert sorted(drain(spool)) == sorted(
-        [str(i) for i in range(500)] + [f"{i} too" for i in range(500)]
-    )
+    with ThreadPoolExecutor(32) as pool:
+        answers = pool.map(lambda number: store(spool, str(number), f"{number} too"), range(500))
+        assert all(answers)
+    assert spool.waiting_total == 1000
+    alone = [str(number) for number in range(500)]
+    assert sorted(drain(spool)) == sorted([*alone, *(f"{message} too" for message in alone)])
 
 
-def test_the_same_request_within_ten_minutes_is_a_duplicate(spool):
-    at = 1_700_000_000_000
-    assert list(spool.store(*posted("a", request=b"r", received_ms=at))) == [1]
-    assert list(spool.store(*posted("a", request=b"r", received_ms=at + 599_999))) == []
-    assert list(spool.store(*posted("a", request=b"r", received_ms=at - 10))) == []
-    assert list(spool.store(*posted("b", request=b"s", received_ms=at + 600_000))) == [2]
-    assert list(spool.store(*posted("a", request=b"r", received_ms=at + 600_001))) == [3]
-    assert spool.rooms["/"]["waiting"] == 3
+# Whether a request that came at AT_MS is a duplicate so many milliseconds later.
+AGAIN = {0: True, 599_999: True, 600_000: True, 600_001: False, -10: True, -DAY_MS: False}
 
 
-def test_two_equal_requests_in_one_commit_are_stored_once(spool):
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        with spool._lock:
-            answers = [pool.submit(spool.store, *posted("a", request=b"r")) for _ in range(2)]
-            while len(spool._posted) < 2:
-                threading.Event().wait(0.001)
-        assert sorted(len(answer.result(10)) for answer in answers) == [0, 1]
-
-
-def test_a_duplicate_is_known_after_a_restart(tmp_path):
-    now_ms = int(time.time() * 1000)
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["running", "restarted"])
+@pytest.mark.parametrize(("later_ms", "is_known"), AGAIN.items())
+def test_the_same_request_within_ten_minutes_is_a_duplicate(
+    tmp_path, later_ms, is_known, is_restarted
+):
     spool = Spool(tmp_path)
-    spool.store(*posted("old", request=b"old", received_ms=now_ms - 601_000))
-    spool.store(*posted("a", request=b"r", received_ms=now_ms - 300_000))
-    spool.store(*posted("b", "c", request=b"s", received_ms=now_ms))
+    assert store(spool, "a", "b", request=b"r")
+    assert store(spool, "a", "b", request=b"another")
+    if is_restarted:
+        spool.close()
+        spool = Spool(tmp_path)
+    is_new = store(spool, "a", "b", request=b"r", received_ms=AT_MS + later_ms)
+    assert is_new is not is_known
+    assert spool.waiting_total == (4 if is_known else 6)
     spool.close()
-    again = Spool(tmp_path)
-    assert list(again.store(*posted("a", request=b"r"))) == []
-    assert list(again.store(*posted("b", "c", request=b"s"))) == []
-    assert list(again.store(*posted("old", request=b"old"))) == [5]
-    again.close()
 
 
-def test_after_a_restart_the_oldest_are_forgotten_first(tmp_path):
-    now_ms = int(time.time() * 1000)
-    spool = Spool(tmp_path)
-    spool.store(*posted("a", request=b"nine minutes", received_ms=now_ms - 540_000))
-    spool.store(*posted("b", request=b"one minute", received_ms=now_ms - 60_000))
-    spool.close()
-    again = Spool(tmp_path)
-    later_ms = now_ms + 120_000
-    assert len(again.store(*posted("a", request=b"nine minutes", received_ms=later_ms))) == 1
-    assert len(again.store(*posted("b", request=b"one minute", received_ms=later_ms))) == 0
-    again.close()
+def test_two_equal_requests_in_one_transaction_are_stored_once(spool):
+    with ThreadPoolExecutor(2) as pool:
+        with faults.busy(spool, jobs=2):
+            answers = [pool.submit(store, spool, "a", request=b"r") for _ in range(2)]
+        assert sorted(answer.result(10) for answer in answers) == [False, True]
+    assert drain(spool) == ["a"]
 
 
-def test_a_clock_that_jumps_back_keeps_no_duplicates_for_long(spool):
-    at = 1_700_000_000_000
-    spool.store(*posted("a", request=b"r", received_ms=at))
-    assert len(spool.store(*posted("a", request=b"r", received_ms=at - 86_400_000))) == 1
-
-
-def test_retention_deletes_in_steps_of_a_hundred_for_which_no_post_waits_long(spool):
-    spool.store(*posted(*map(str, range(250))))
-    while alarms := spool.oldest_waiting("/", [])[0]:
-        spool.set_delivered("/", "m", 1000, *alarms)
+def test_retention_deletes_delivered_alarms_alone_and_a_hundred_at_a_time(tmp_path):
     left = []
-    for _ in range(4):
-        spool.delete_delivered(2000)
-        left += spool._db.execute("SELECT count(*) FROM alarm").fetchone()
-    assert left == [150, 50, 0, 0]
+    with opened(tmp_path) as spool:
+        store(spool, *map(str, range(260)))
+        while len(spool.next_batch("/").alarms) > 10:
+            deliver(spool, 50, delivered_ms=1000)
+        deliver(spool, 5, delivered_ms=2000)
+        for _ in range(4):
+            spool.delete_delivered(2000)
+            left.append(len(faults.ask(spool, "SELECT id FROM alarm")))
+    assert left == [160, 60, 10, 10]
+    assert rows(tmp_path, "id, delivered_ms") == [
+        *((number, 2000) for number in range(251, 256)),
+        *((number, None) for number in range(256, 261)),
+    ]
 
 
-def test_a_delivery_not_yet_recorded_is_not_told_as_waiting(spool, monkeypatch):
-    monkeypatch.setattr(spool, "delete_delivered", lambda: None)  # as on a full disk
-    for received_ms in (1000, 2000, 3000):
-        spool.store(*posted("a", request=b"%d" % received_ms, received_ms=received_ms))
-    delivered, aside, _ = spool.oldest_waiting("/", [])[0]
-    spool.set_delivered("/", "m", 4000, delivered)
-    found, _ = spool.oldest_waiting("/", [aside.spool_id])
-    assert [alarm.received_ms for alarm in found] == [3000]
-    assert spool.rooms["/"]["oldest_ms"] == 2000
-
-
-def test_the_oldest_waiting_alarm_is_found_by_the_index(spool):
-    statements = traced(spool)
-    spool.oldest_waiting("/", [])
-    selects = [text for text in statements if text.lstrip().startswith("SELECT")]
-    spool._db.set_trace_callback(None)
-    assert len(selects) == 2  # the next to be delivered, and the oldest of all
-    for select in selects:
-        plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {select}"))
-        assert "USING INDEX waiting (room=?)" in plan
-        assert "TEMP B-TREE" not in plan
-
-
-def test_retention_deletes_delivered_alarms_alone_and_in_small_steps(spool, monkeypatch):
-    monkeypatch.setattr(alarmrelay, "RETENTION_STEP", 3)
-    spool.store(*posted(*(str(i) for i in range(10))))
-    for at in range(8):
-        spool.set_delivered("/", "m", at, spool.oldest_waiting("/", [])[0][0])
-    statements = traced(spool)
-
-    def left() -> list[int]:
-        return [row[0] for row in spool._db.execute("SELECT id FROM alarm ORDER BY id")]
-
-    for ids in ([4, 5, 6, 7, 8, 9, 10], [7, 8, 9, 10], [8, 9, 10], [8, 9, 10]):
-        spool.delete_delivered(7)
-        assert left() == ids
-    delete = next(text for text in statements if text.startswith("DELETE"))
-    plan = " ".join(row[3] for row in spool._db.execute(f"EXPLAIN QUERY PLAN {delete}"))
-    assert "INDEX delivered" in plan
+def test_no_question_reads_the_whole_table(spool):
+    """But the page's, which reads it from its end and stops."""
+    store(spool, "1")
+    statements = faults.statements(spool)
+    values = [{"host-name": "BR1"}]
+    down = {"rulename": "BFD_TLOC_Down", "uuid": "u", "values": values}
+    up = {"rulename": "BFD_TLOC_Up", "active": False, "cleared_events": ["u"], "values": values}
+    spool.store("/", b"both", [Alarm(down, AT_MS), Alarm(up, AT_MS)], "127.0.0.1")
+    while spool.next_batch("/").alarms:
+        deliver(spool, 1)
+    spool.backlogs(["/"])
+    spool.days(["/"], AT_MS)
+    spool.delete_delivered(AT_MS)
+    questions = [text for text in statements if text.startswith(("SELECT", "UPDATE", "DELETE"))]
+    used = set()
+    for question in questions:
+        plan = [row[3] for row in faults.ask(spool, f"EXPLAIN QUERY PLAN {question}")]
+        assert not any(step.startswith("SCAN alarm") for step in plan), question
+        if "delivered_ms IS NULL" in question:
+            assert "USING INDEX waiting (room=?)" in plan[0]
+            assert len(plan) == 1  # no sort
+        used.update(words.split()[0] for words in " ".join(plan).split("INDEX ")[1:])
+    assert {"waiting", "request", "uuid", "down", "delivered", "delivered_in_room"} <= used
 
 
 def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypatch):
     assert alarmrelay.WAITING_ALARMS == 100_000
     monkeypatch.setattr(alarmrelay, "WAITING_ALARMS", 3)
-    spool.store(*posted("1", "2", "3"))
-    with pytest.raises(Refused) as caught:
-        spool.store(*posted("4"))
-    assert caught.value.status == 503
-    assert "Retry-After" in caught.value.fields
+    store(spool, "1", "2", "3")
+    with pytest.raises(Unavailable, match="too many alarms wait") as caught:
+        store(spool, "4")
+    assert caught.value.status == spool.refusal().status == 503
+    assert "Retry-After" in caught.value.headers
+    deliver(spool, 1)
+    assert store(spool, "4")
+
+
+def test_a_directory_that_cannot_be_asked_for_free_space_takes_nothing_until_it_can(spool):
+    away = spool.directory.with_name("away")
+    spool.directory.rename(away)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="the disk is full, or under 16 MiB free"):
+            store(spool, "refused")
+    away.rename(spool.directory)
+    assert store(spool, "taken")
+    assert drain(spool) == ["taken"]
+
+
+def test_the_oldest_is_the_oldest_that_waits(spool):
+    assert backlog(spool) == Backlog(0, None)
+    for number in range(3):
+        store(spool, str(number), received_ms=AT_MS + number)
+        assert backlog(spool) == Backlog(number + 1, AT_MS)
+    deliver(spool, 1)
+    assert backlog(spool) == Backlog(2, AT_MS + 1)
+
+
+def test_a_day_is_the_24_hours_until_now(spool):
+    assert day(spool) == Day(0, None)
+    store(spool, "1", "2", "3")
+    deliver(spool, 1, delivered_ms=AT_MS + 10)
+    deliver(spool, 2, delivered_ms=AT_MS + 20)
+    assert day(spool, AT_MS + 30) == Day(3, AT_MS + 20)
+    assert day(spool, AT_MS + 10 + DAY_MS) == Day(2, AT_MS + 20)
+    assert day(spool, AT_MS + 20 + DAY_MS) == Day(0, None)
+
+
+def test_each_room_has_its_own_alarms_also_one_that_is_not_set_any_more(spool):
+    store(spool, "here")
+    store(spool, "there", "there too", room="/there", received_ms=AT_MS + 1)
+    there = Backlog(2, AT_MS + 1)
+    backlogs = {"/": Backlog(1, AT_MS), "/there": there, "/new": Backlog(0, None)}
+    assert spool.backlogs(["/", "/new"]) == backlogs
+    assert drain(spool) == ["here"]
+    assert spool.backlogs([]) == {"/": Backlog(0, None), "/there": there}
+    assert spool.days(["/", "/there"], AT_MS) == {"/": Day(1, AT_MS), "/there": Day(0, None)}
+    assert len(spool.next_batch("/there").alarms) == 2
+    assert spool.next_batch("/new").alarms == []
+
+
+def test_of_the_newest_fifty_the_largest_are_left_out(spool):
+    store(spool, *map(str, range(60)))
+    store(spool, "x" * 70_000)
+    deliver(spool, 1)
+    assert [stored.spool_id for stored in spool.newest()] == list(range(60, 11, -1))
+
+
+def test_after_an_error_of_the_disk_nothing_is_acknowledged_any_more(spool):
+    store(spool, "kept")
+    faults.ask(spool, "ALTER TABLE alarm RENAME TO away")  # any error of SQLite will do
+    for _ in range(2):
+        with pytest.raises(alarmrelay.Unavailable, match="the spool cannot be read or written"):
+            store(spool, "lost")
     assert spool.refusal().status == 503
-    spool.set_delivered("/", "m", 1, spool.oldest_waiting("/", [])[0][0])
-    assert list(spool.store(*posted("4"))) == [4]
+    assert str(spool.refusal()) == spool.error
+    with pytest.raises(alarmrelay.Unavailable):
+        spool.next_batch("/")
+    with pytest.raises(alarmrelay.Unavailable):
+        spool.newest()
 
 
-def test_a_full_disk_is_told_for_a_minute_or_until_an_alarm_can_be_stored(spool, monkeypatch):
-    spool.store(*posted("kept"))
-    ((pages,),) = spool._db.execute("PRAGMA page_count")
-    spool._db.execute(f"PRAGMA max_page_count = {pages}")
-    for _ in range(2):
-        with pytest.raises(Refused, match="database or disk is full") as caught:
-            spool.store("/", b"large", [Alarm({"message": "x" * 100_000}, 1)])
-        assert "Retry-After" in caught.value.fields
-        assert str(spool.refusal()).startswith("the disk is full, or under ")
-        assert spool.refusal() is not spool.refusal()  # each keeps the frames it went through
-    spool._db.execute("PRAGMA max_page_count = 100000")
-    assert spool.store(*posted("new")) == [2]
-    assert spool.refusal() is None
-    monkeypatch.setattr(alarmrelay, "HOLD_S", 0)
-    spool._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(Refused, match="database or disk is full"):
-        spool.store("/", b"large", [Alarm({"message": "x" * 100_000}, 1)])
-    assert spool.refusal() is None
-
-
-def test_every_post_of_a_commit_hears_that_free_space_cannot_be_asked_for(spool, monkeypatch):
-    def gone(path: object) -> None:
-        monkeypatch.undo()  # the next one is told again
-        raise OSError("the directory is gone")
-
-    found = list[str]()
-
-    def store(name: str) -> None:
-        with pytest.raises(OSError, match="is gone") as caught:
-            spool.store(*posted(name))
-        found.append(str(caught.value))
-
-    monkeypatch.setattr(alarmrelay.shutil, "disk_usage", gone)
-    threads = [threading.Thread(target=store, args=[name]) for name in ("1", "2", "3")]
-    with spool._lock:
-        for thread in threads:
-            thread.start()
-        while len(spool._posted) < len(threads):
-            threading.Event().wait(0.001)
-    for thread in threads:
-        thread.join()
-    assert found == ["the directory is gone"] * 3
-    assert spool.store(*posted("4")) == [1]
-
-
-def test_what_is_told_of_a_room_does_not_grow_with_the_years(spool):
-    hour_ms = 3_600_000
-    for number, hour in enumerate((500_000, 500_001, 500_020, 500_040, 500_100), 1):
-        spool.store("/", b"%d" % number, [Alarm({}, hour * hour_ms)])
-        spool.set_delivered("/", "m", hour * hour_ms, *spool.oldest_waiting("/", [])[0])
-        hours = [key for key, number in spool.rooms["/"].items() if number and "hour " in key]
-        assert f"hour {hour}" in hours
-        assert all(int(key[5:]) >= hour - 24 for key in hours)
-    spool.count("/", {})
-    assert len([key for key in spool.rooms["/"] if "hour " in key]) == 1
-
-
-def test_the_oldest_stays_the_oldest_when_others_come_and_duplicates_are_counted_each(spool):
-    for number, received_ms in enumerate((5_000, 7_000, 9_000)):
-        spool.store("/", b"%d" % number, [Alarm({}, received_ms), Alarm({}, received_ms)])
-        assert spool.rooms["/"]["oldest_ms"] == 5_000
-    spool.store("/", b"2", [Alarm({}, 9_000), Alarm({}, 9_000)])
-    told = spool.rooms["/"]
-    assert (told["accepted"], told["duplicates"], told["waiting"]) == (6, 2, 6)
-
-
-def test_after_an_io_error_nothing_is_acknowledged_any_more(tmp_path):
-    spool = Spool(tmp_path)
-    spool.store(*posted("kept"))
-    spool._db.execute("DROP INDEX waiting")
-    spool._db.execute("ALTER TABLE alarm RENAME TO away")  # any error of SQLite will do
-    for _ in range(2):
-        with pytest.raises(Refused, match="spool") as caught:
-            spool.store(*posted("lost"))
-        assert caught.value.status == 503
-    assert "spool" in str(spool.refusal())
-    with pytest.raises(Refused):
-        spool.oldest_waiting("/", [])
-    assert spool.error
-    spool._db.close()
-
-
-def test_who_is_on_disk_does_not_commit_for_those_that_come_later(spool):
-    transaction, by = spool._transaction, []
-
-    def slow():
-        by.append(threading.current_thread().name)
-        if len(by) == 1:  # while the first commit runs, a third comes
-            threads["third"].start()
-            while len(spool._posted) < 1:
-                threading.Event().wait(0.001)
-        return transaction()
-
-    def thread(name: str) -> threading.Thread:
-        return threading.Thread(target=spool.store, args=posted(name), name=name)
-
-    threads = {name: thread(name) for name in ("first", "second", "third")}
-    spool._transaction = slow
-    with spool._lock:
-        for count, name in enumerate(("first", "second")):
-            threads[name].start()
-            while len(spool._posted) < count + 1:
-                threading.Event().wait(0.001)
-    for one in threads.values():
-        one.join(20)
-    leader = by[0]  # who got the lock first, and committed for both
-    assert leader in ("first", "second")
-    assert by == [leader, "third"]
-
-
-def test_every_request_of_a_failed_commit_hears_of_it(tmp_path):
-    spool = Spool(tmp_path)
-    spool._db.execute("ALTER TABLE alarm RENAME TO away")
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        with spool._lock:
-            answers = [pool.submit(spool.store, *posted(str(i))) for i in range(8)]
-            while len(spool._posted) < 8:
-                threading.Event().wait(0.001)
+def test_every_request_of_a_failed_transaction_hears_of_it(spool):
+    faults.ask(spool, "ALTER TABLE alarm RENAME TO away")
+    with ThreadPoolExecutor(8) as pool:
+        with faults.busy(spool, jobs=8):
+            answers = [pool.submit(store, spool, str(number)) for number in range(8)]
         for answer in answers:
-            with pytest.raises(Refused):
+            with pytest.raises(alarmrelay.Unavailable, match="no such table"):
                 answer.result(10)
-    spool._db.close()
+
+
+def test_an_error_in_the_relay_itself_is_told_and_undone_and_the_spool_goes_on(spool, caplog):
+    with ThreadPoolExecutor(2) as pool:
+        with faults.busy(spool, jobs=2):
+            stored = pool.submit(store, spool, "1")
+            broken = pool.submit(spool.run_job, lambda: [].pop())
+        for answer in (stored, broken):
+            with pytest.raises(Unavailable, match="an error in alarmrelay itself: see its log"):
+                answer.result(10)
+    wait_until(lambda: "pop from empty list" in caplog.text)
+    assert (spool.waiting_total, spool.error) == (0, "")
+    assert "taken" not in caplog.text
+    assert store(spool, "2")
+    assert drain(spool) == ["2"]
 
 
 def test_a_second_relay_on_the_same_directory_ends_with_75_and_says_so(tmp_path, relay):
@@ -350,43 +302,32 @@ def test_a_second_relay_on_the_same_directory_ends_with_75_and_says_so(tmp_path,
     assert relay.post({"message": "still served"})[0] == 200
 
 
-def test_closing_refuses_what_comes_later(tmp_path):
+def test_closing_does_what_was_asked_for_and_refuses_what_comes_later(tmp_path):
     spool = Spool(tmp_path)
-    spool.close()
-    with pytest.raises(Refused):
-        spool.store(*posted())
+    with ThreadPoolExecutor(4) as pool:
+        with faults.busy(spool, jobs=4):
+            answers = [pool.submit(store, spool, str(number)) for number in range(4)]
+        spool.close()
+        assert all(answer.result(10) for answer in answers)
+    with pytest.raises(Unavailable, match="the spool is closed"):
+        store(spool)
+    assert len(rows(tmp_path, "id")) == 4
 
 
 def test_the_file_can_be_read_with_sqlite_once_the_relay_is_stopped(tmp_path, webex):
+    body = {"rule_name_display": "R", "uuid": "u-1"}
     with Relay(tmp_path, webex.url) as relay:
-        relay.post({"rule_name_display": "R", "uuid": "u-1"})
-        webex.wait_for(lambda: webex.messages)
-        relay.told("1 delivered")
-    with sqlite3.connect(tmp_path / "state" / "alarmrelay.db") as db:
-        ((spool_id, room, body, delivered_ms, message_id),) = db.execute(
-            "SELECT id, room, body, delivered_ms, message_id FROM alarm"
-        )
-    db.close()
-    assert (spool_id, room, message_id) == (1, "/", webex.messages[0]["id"])
-    assert json.loads(body) == {"rule_name_display": "R", "uuid": "u-1"}
+        relay.post(body)
+        relay.told("0 waiting, 1 delivered")
+    columns = "id, room, message_id, uuid, body, delivered_ms"
+    ((*found, stored_body, delivered_ms),) = rows(tmp_path / "state", columns)
+    assert found == [1, "/", webex.messages[0]["id"], "u-1"]
+    assert json.loads(stored_body) == body
     assert abs(delivered_ms / 1000 - time.time()) < 3600
 
 
 def test_a_body_that_is_no_object_any_more_does_not_hold_the_others(spool):
-    spool.store(*posted("1"))
-    spool.store(*posted("2"))
-    spool._db.execute("UPDATE alarm SET body = '[1]' WHERE id = 1")
+    store(spool, "1")
+    store(spool, "2")
+    faults.ask(spool, "UPDATE alarm SET body = '[1]' WHERE id = 1")
     assert drain(spool) == ["This alarm is damaged on disk: [1]", "2"]
-
-
-def test_the_oldest_is_told_of_all_that_wait_also_of_those_set_aside(spool):
-    at = 1_700_000_000_000
-    for number in range(4):
-        spool.store(*posted(f"{number}", received_ms=at + number))
-    for aside in ([1, 2, 3], []):
-        spool.oldest_waiting("/", aside)
-        assert spool.rooms["/"]["oldest_ms"] == at
-    alarms, _ = spool.oldest_waiting("/", [2, 3])
-    spool.set_delivered("/", "m", at + 9, alarms[0])
-    spool.oldest_waiting("/", [2, 3])
-    assert spool.rooms["/"]["oldest_ms"] == at + 1

@@ -11,14 +11,17 @@ import os
 import queue
 import re
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import webex_standin
 
@@ -34,6 +37,15 @@ USERNAME, PASSWORD = "vmanage", "correct horse: battery"
 
 def basic(username: str = USERNAME, password: str = PASSWORD) -> str:
     return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+def alarm(size: int = 0) -> bytes:
+    """Return an alarm like no other, since the same bytes again are a duplicate."""
+    return json.dumps({"message": marker(), "consumed_events": ["x" * size]}).encode()
+
+
+def marker() -> str:
+    return f"marker {next(NUMBERS):09}"
 
 
 def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[str, str]:
@@ -243,19 +255,42 @@ class Client:
     def send(self, *parts: bytes) -> None:
         self.socket.sendall(b"".join(parts))
 
-    def answer(self, has_body: bool = True) -> tuple[int, dict[str, str], bytes]:
-        status_line = self.stream.readline().decode()
-        version, status, _ = status_line.split(" ", 2)
-        assert version == "HTTP/1.1"
-        headers = {}
-        while (line := self.stream.readline().decode().strip()) != "":
-            name, _, value = line.partition(": ")
-            headers[name.lower()] = value
-        length = int(headers["content-length"]) if has_body else 0
-        return int(status), headers, self.stream.read(length)
+    def answer(self, has_body: bool = True) -> Answer:
+        return read_answer(self.stream, has_body)
+
+    def ask(self, *parts: bytes) -> Answer:
+        """Send a request and read its answer."""
+        self.send(*parts)
+        return self.answer()
 
     def is_closed(self) -> bool:
+        """Tell whether nothing but an orderly end follows; a reset raises."""
         return self.stream.read(1) == b""
+
+    def is_left_alone(self) -> bool:
+        """Tell whether the relay has neither answered nor closed the connection."""
+        return not select.select([self.socket], [], [], 0)[0]
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def read_answer(stream: BinaryIO, has_body: bool = True) -> Answer:
+    version, status, _ = stream.readline().decode().split(" ", 2)
+    assert version == "HTTP/1.1"
+    headers = {}
+    while (line := stream.readline().decode().strip()) != "":
+        name, _, value = line.partition(": ")
+        headers[name.lower()] = value
+    length = int(headers["content-length"]) if has_body else 0
+    return Answer(int(status), headers, stream.read(length))
 
 
 def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **fields: object) -> bytes:
@@ -264,3 +299,88 @@ def head(start: str = "POST / HTTP/1.1", authorization: str | None = "", **field
         lines.append(f"Authorization: {authorization or basic()}")
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def posted(body: bytes | None = None, **fields: object) -> bytes:
+    """Return a whole request, with this body or an alarm of its own."""
+    body = alarm() if body is None else body
+    return head(**{"Content_Length": len(body), **fields}) + body
+
+
+def chunked(body: bytes, size: int, extension: bytes = b"") -> bytes:
+    """Return a body in chunks of so many bytes."""
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    chunks = [b"%x%s\r\n%s\r\n" % (len(part), extension, part) for part in parts]
+    return b"".join(chunks) + b"0\r\n\r\n"
+
+
+@contextlib.contextmanager
+def crowd(
+    relay: Relay, count: int, start: bytes = b"", host: str = "127.0.0.2"
+) -> Iterator[list[Client]]:
+    """So many clients that have sent this start of a request, if they were let."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(relay, host)) for _ in range(count)]
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.send(start)
+        yield clients
+
+
+@contextlib.contextmanager
+def flood(relay: Relay, count: int) -> Iterator[None]:
+    """Let so many clients send requests all the time, and never wait for an answer."""
+    hung_up = threading.Event()
+
+    def send(client: Client) -> None:
+        with contextlib.suppress(OSError):
+            while not hung_up.is_set():
+                client.send(head("GET /healthz HTTP/1.1", None) * 100)
+
+    def read(client: Client) -> None:
+        with contextlib.suppress(OSError):
+            while client.socket.recv(65536):
+                pass
+
+    with crowd(relay, count) as clients, ThreadPoolExecutor(2 * count) as pool:
+        try:
+            for client in clients:
+                pool.submit(send, client)
+            assert clients[0].socket.recv(100)  # it is being served
+            for client in clients:
+                pool.submit(read, client)
+            yield
+        finally:
+            hung_up.set()
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.socket.shutdown(socket.SHUT_RDWR)
+
+
+def post_from(relay: Relay, host: str) -> int:
+    """Post an alarm from this loopback address on a connection of its own; return the status."""
+    with Client(relay, host) as client:
+        return client.ask(posted()).status
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 30) -> None:
+    """Wait for what sends no sign when it comes."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:
+    """Return status, headers and body; the request has credentials unless it has other headers."""
+    client = relay.connect()
+    client.request(method, path, None, headers or {"Authorization": basic()})
+    response = client.getresponse()
+    text = response.read().decode()
+    client.close()
+    return response.status, response.headers, text
+
+
+def descriptors_of(relay: Relay) -> int:
+    """Return how many files and sockets it has open."""
+    return len(list(Path(f"/proc/{relay.process.pid}/fd").iterdir()))

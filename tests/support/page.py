@@ -6,17 +6,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from harness import Relay, basic
-
-
-def get(relay: Relay, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, str]:
-    """Return status, headers and body; the request has credentials unless it has other headers."""
-    client = relay.connect()
-    client.request(method, path, None, headers or {"Authorization": basic()})
-    response = client.getresponse()
-    text = response.read().decode()
-    client.close()
-    return response.status, response.headers, text
+from harness import Relay, get
 
 
 class Page(HTMLParser):

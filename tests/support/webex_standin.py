@@ -103,6 +103,10 @@ class WebexStandIn:
                     f" {len(self.messages)} messages, the last {self.texts()[-1:]}"
                 )
 
+    def wait_for_texts(self, *texts: str) -> None:
+        """Wait until each of these stands in a room."""
+        self.wait_for(lambda: all(text in "".join(self.texts()) for text in texts))
+
     def next_fault(self, request: dict[str, Any]) -> Fault | None:
         """Note a request and return what is to go wrong with it."""
         with self._changed:

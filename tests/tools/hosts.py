@@ -52,9 +52,10 @@ WatchdogSec=4
 ExecStart=
 ExecStart=/usr/bin/python3 -c "import os, sys, time; sys.path.insert(0, '/usr/local/bin'); \\
 import alarmrelay; alarmrelay.STALL_S = alarmrelay.HEADER_S = 1.0; \\
-real = alarmrelay.select.select; \\
-alarmrelay.select.select = lambda *it: (time.sleep(1000) if os.path.exists('/var/lib/hang') \\
-else real(*it)); os._exit(alarmrelay.main())"
+real = alarmrelay.Server.service_actions; \\
+alarmrelay.Server.service_actions = lambda server: ( \\
+time.sleep(1000) if os.path.exists('/var/lib/hang') else real(server)); \\
+os._exit(alarmrelay.main())"
 """
 # ==================================================================================================
 
