@@ -63,97 +63,99 @@ log = logging.getLogger("alarmrelay")
 # Each with its unit, its reason and, where there is one, its source.
 
 # --- Messages -------------------------------------------------------------------------
-# Of UTF-8, in `markdown` or in `text`: developer.webex.com/docs/api/v1/messages.
+# Most bytes of `markdown` or `text`, in UTF-8: developer.webex.com/docs/api/v1/messages.
 MESSAGE_BYTES = 7439
-# Of one value in a message that is too long: two of them fit into its first line.
+# Most bytes of a value in a message that is too long: two of them fit into its first line.
 VALUE_BYTES = 3000
-# Of the plain form. Why Webex refused the other one is not known, so this one is small.
+# Most bytes of the plain form: why Webex refused the other one is not known.
 PLAIN_TEXT_BYTES = 1000
-# Alarms that wait for a room and still go one by one; more go together, in a digest.
+# Most alarms that wait for a room and still go one by one; more go together, in a digest.
 SINGLY = 10
-# Alarms looked at for a digest. More do not fit into one message.
+# Most alarms looked at for a digest: more do not fit into one message.
 DIGEST_ALARMS = 150
-# After this time an alarm is old news, and its message says so.
+# The age at which an alarm is old news, and its message says so.
 DELAYED_MS = 300_000
 
 # --- Requests -------------------------------------------------------------------------
-# Of a request's header as a whole: http.server alone takes 100 lines of 64 KiB.
+# Most bytes of a header: http.server alone would take 100 lines of 64 KiB.
 HEADER_BYTES = 128 * 2**10
-# Of a header, as http.client has it.
+# Most fields of a header, as in http.client.
 FIELDS = 100
-# Of a request's body. vManage's have 8 KB or less; one that sums up a storm may have MB.
+# Most bytes of a body: vManage's have 8 KB or less, one that sums up a storm may have MB.
 BODY_BYTES = 4 * 2**20
-# Of a request. vManage sends one; another sender may have a list.
+# Most alarms of a request: vManage sends one, another sender may have a list.
 ALARMS = 1000
-# Read at a time.
+# Bytes that are read at a time.
 BLOCK_BYTES = 64 * 2**10
-# Read of a body that was refused, so that its sender reads why: a GiB, or small chunks.
+# Most blocks read of a body that was refused, so that its sender reads why: 1 GiB.
 DRAIN_BLOCKS = 2**14
-# For a header, for a TLS handshake, and for an answer to be read.
+# Seconds for a header, for a TLS handshake, and for an answer to be read.
 HEADER_S = 10.0
-# For a body: 4 MiB at 560 kbit/s.
+# Seconds for a body: 4 MiB at 560 kbit/s.
 BODY_S = 60.0
-# Of silence between two requests, once credentials were shown; nginx's keepalive_timeout.
+# Seconds of silence once credentials were shown; nginx's keepalive_timeout.
 IDLE_S = 75.0
-# For a client to read its last answer before the connection closes.
+# Seconds for a client to read its last answer before the connection closes.
 LINGER_S = 2.0
-# To a connection without credentials. Some clients show them only when they are asked.
+# Most answers to a connection without credentials: some clients show them when asked.
 STRANGER_ANSWERS = 2
 # Connections that wait in the kernel while the relay is busy or away.
 BACKLOG = 1024
-# Connections that are open at a time, each with a thread of its own.
+# Most open connections, each with a thread of its own.
 CONNECTIONS = 1024
 # Descriptors for all but connections: the spool, Webex, systemd, Python itself.
 SPARE_FILES = 40
 
 # --- The spool ------------------------------------------------------------------------
-# The same bytes again within this time are a sender's retry.
+# The time within which the same bytes again are a sender's retry.
 DUPLICATE_MS = 600_000
-# More are not taken: at five messages a second Webex would need hours for them.
+# Most alarms that wait: at five messages a second Webex would need hours for more.
 WAITING_ALARMS = 100_000
-# With less on the disk no alarm is taken, so that deliveries can still be recorded.
+# Least free space to take alarms, so that deliveries can still be recorded.
 FREE_BYTES = 16 * 2**20
-# With less after a write that failed, it failed since the disk is full.
+# Least free space at which a write that failed did not fail since the disk is full.
 FULL_BYTES = 2**20
-# Until a courier asks a full disk again.
+# Seconds until a courier asks a full disk again.
 DISK_RETRY_S = 5.0
-# Deleted at a time when their days are over, so that no post waits for that for long.
+# Alarms deleted at a time when their days are over: no post waits for that for long.
 RETENTION_ALARMS = 100
-# On the status page.
+# Alarms on the status page.
 NEWEST_ALARMS = 50
-# Of an alarm that the page still shows: fifty of 4 MiB would take 200 MiB.
+# Most characters of an alarm that is shown there: fifty of 4 MiB would take 200 MiB.
 LARGE_CHARACTERS = 64 * 2**10
-# Of JSON, after which no more alarms are read for a digest.
+# Characters of JSON after which no more alarms are read for a digest.
 LARGE_BATCH_CHARACTERS = 4 * 2**20
 DAY_MS = 86_400_000
 
 # --- Webex ----------------------------------------------------------------------------
-# A read that brings nothing for so long ends a request.
+# Seconds after which a read that brings nothing ends a request.
 READ_S = 30.0
-# For one message in all. A Webex that drips for longer counts as a hang.
+# Seconds for one message in all: a Webex that drips for longer counts as a hang.
 SEND_S = 300.0
-# Read of an answer. Webex's have 2 KB.
+# Most bytes read of an answer; Webex's have 2 KB.
 ANSWER_BYTES = 2**20
-# After 5xx and network errors; it doubles with each in a row, up to five minutes.
+# Seconds of the first wait after 5xx and network errors; each in a row doubles it.
 RETRY_S = 1.0
+# Seconds of the longest of these waits.
 RETRY_MAX_S = 300.0
-# Of that wait, more or less, lest many relays come back at the same moment.
+# The part by which each of them varies, lest many relays come back at the same moment.
 RETRY_JITTER = 0.2
-# After 429 and 423 without a Retry-After, as in Cisco's own SDKs; and the bounds of one.
+# Seconds of a pause after 429 and 423 without a Retry-After, as in Cisco's own SDKs.
 PAUSE_S = 15.0
+# Seconds of the shortest and the longest pause that a Retry-After can ask for.
 PAUSE_MIN_S = 1.0
 PAUSE_MAX_S = 3600.0
-# Between attempts while somebody has to mend something.
+# Seconds between two attempts while somebody has to mend something.
 HOLD_S = 60.0
 
 # --- The process ----------------------------------------------------------------------
-# Between two status lines, and until a stop is seen.
+# Seconds between two looks around: at the status, at a stop, at a place that is free.
 TICK_S = 0.8
-# A thread that has given no sign of life for so long is stuck.
+# Seconds without a sign of life after which the accept loop is stuck.
 STALL_S = 15.0
-# For requests and sends that are on their way when the relay is stopped.
+# Seconds for requests and sends that are on their way when the relay is stopped.
 STOP_S = 10.0
-# For a request that is on its way then, on a connection that was silent until now.
+# Seconds for a request on its way then, on a connection that was silent until now.
 GRACE_S = 0.2
 
 
@@ -180,6 +182,9 @@ class Deadline:
 
 
 # === Errors ===========================================================================
+# A class for each cause. It holds what a caller does with it: the exit status of the
+# program, or the status and header fields of an answer. The text says what is wrong,
+# why, and what to do.
 class RelayError(Exception):
     """Ends the program or a command.
 
@@ -211,13 +216,14 @@ class CheckFailed(RelayError):
 class Refused(RelayError):
     """Answers a request with the status of its class and {"error": text}.
 
-    What the statuses mean: RFC 9110, 15.5 and 15.6.
+    What the statuses mean: RFC 9110, 15.5 and 15.6. In the classes below, "it" is the
+    request.
     """
 
     exit_status = 1
-    status = 400
+    status: int
     headers: Mapping[str, str] = {}  # of the answer
-    # Nobody knows where a next request would begin: the connection is closed.
+    # True: nobody knows where a next request begins, and the connection is closed.
     is_last = False
 
 
@@ -309,7 +315,7 @@ class Unavailable(Refused):
 
 @contextmanager
 def guard(name: str) -> Iterator[None]:
-    """Log an error in the relay itself.
+    """Log an error in the relay itself: a bug.
 
     Its thread then goes on with the next piece of work: one odd alarm shall not end it.
     """
@@ -329,7 +335,7 @@ WORD = "[!-~]+"  # ASCII that can be seen
 # Without control characters, and with an UTF-8 form.
 LINE = r"[^\x00-\x1f\x7f\ud800-\udfff]+"
 OPTIONAL_LINE = f"({LINE})?"
-# Its end is a path, and these are taken.
+# What follows room_id_ becomes a path; /healthz and /metrics are the relay's own.
 ROOM_NAME = "room_id_(?!(healthz|metrics)$)[a-z0-9_]+"
 
 # A URL holds a host and a path alone: a user name, a password or a query might be a
@@ -357,9 +363,10 @@ class Setting(NamedTuple):
 
     form: str  # a regular expression of the whole text
     expected: str  # in words, for whoever has to mend it
-    # If nothing is set; where the form refuses it, the setting is required.
+    # Taken if nothing is set; where the form refuses it, the setting is required.
     default: str = ""
-    # Of what has the form; OSError, LookupError, ValueError: no.
+    # Makes the value of a text of that form; raises one of OSError, LookupError and
+    # ValueError if it cannot.
     parse: Callable[[str], Any] = str
     is_secret: bool = False  # its text is shown to nobody
 
@@ -478,11 +485,13 @@ def collected(problems: list[str]) -> Iterator[None]:
 
 def room_path(name: str) -> str:
     """Return the path of a room's setting: `/noc` of room_id_noc, `/` of room_id."""
+    if name == "room_id":
+        return "/"
     return "/" + name[len("room_id_") :]
 
 
 def room_setting(path: str) -> str:
-    """Return the name of the setting of a room: room_path() the other way."""
+    """Return the name of a room's setting: room_path() the other way."""
     if path == "/":
         return "room_id"
     return "room_id_" + path[1:]
@@ -530,6 +539,7 @@ def read_setting(name: str, setting: Setting, environ: Mapping[str, str]) -> Any
 
 
 def credentials_directory(environ: Mapping[str, str]) -> Path:
+    """Return where systemd puts credentials; a path where nothing is if it has none."""
     return Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"))
 
 
@@ -556,10 +566,10 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
         return None
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
-    # A handshake costs the server more than the client.
+    # A handshake costs the server more than the client, which may not ask for another.
     tls.options |= ssl.OP_NO_RENEGOTIATION
     try:
-        # Else OpenSSL asks the terminal.
+        # Without this, OpenSSL would ask the terminal for the password of a key.
         tls.load_cert_chain(certificate, key, password="")
     except OSError as error:  # ssl.SSLError is one
         found = f"{certificate or 'nothing'} and {key or 'nothing'}: {error}"
@@ -596,13 +606,13 @@ CUT = "…"  # at the end of what is not shown in full
 
 
 def parse_integer(digits: str) -> int | str:
-    """Return an integer of JSON; as text if it is so long that int() might refuse it."""
+    """Return an integer of JSON, as text if it is long: int() refuses 4,300 digits."""
     if len(digits) > 400:
         return digits
     return int(digits)
 
 
-# Lenient, since no tab inside a string shall lose an alarm.
+# Strict JSON forbids a tab inside a string; that is no reason to lose an alarm.
 DECODER = json.JSONDecoder(parse_int=parse_integer, strict=False)
 
 
@@ -612,8 +622,8 @@ def one_line(value: object) -> str:
     if not isinstance(text, str):
         try:
             text = json.dumps(value, ensure_ascii=False)
-        # Some hundred levels; parse_alarms() may have had more stack left.
         except RecursionError:
+            # Some hundred levels: parse_alarms() may have had more stack left than this.
             text = "nested too deeply to be shown"
     return BREAKING.sub(" ", text)
 
@@ -631,6 +641,7 @@ def cap(text: str, most_bytes: int, escape: Callable[[str], str]) -> str:
 
 
 def escape_match(match: re.Match[str]) -> str:
+    """Return a backslash before each character: Webex then shows it."""
     return "".join("\\" + character for character in match[0])
 
 
@@ -639,10 +650,12 @@ def escape_markdown(text: str) -> str:
     return html.escape(MARKUP.sub(escape_match, text), quote=False)
 
 
-def show(value: object, most_bytes: int = BODY_BYTES) -> str:
-    """Return any value of an alarm in one line of markdown."""
-    # A longer one would not be shown in full, and escaping costs time.
-    text = one_line(value)[:BODY_BYTES]
+def show(value: object, most_bytes: int | None = None) -> str:
+    """Return any value of an alarm in one line of markdown, of so many bytes if any."""
+    # What is longer fits into no message, and escaping costs time.
+    text = one_line(value)[: MESSAGE_BYTES + 1]
+    if most_bytes is None:
+        return escape_markdown(text)
     return cap(text, most_bytes, escape_markdown)
 
 
@@ -675,6 +688,7 @@ class Alarm:
     received_ms: int  # epoch, by this host's clock
 
     def is_clear(self) -> bool:
+        """Return whether it says that another one is over."""
         return self.fields.get("active") is False
 
     def name(self) -> str:
@@ -687,9 +701,11 @@ class Alarm:
         return "unknown alarm"
 
     def text(self) -> object:
+        """Return what happened, in vManage's words."""
         return self.fields.get("message", "unknown")
 
     def severity(self) -> str:
+        """Return vManage's word for how bad it is."""
         return one_line(self.fields.get("severity", "unknown"))
 
     def mark(self) -> str:
@@ -701,9 +717,9 @@ class Alarm:
     def time(self, zone: tzinfo) -> str:
         """Return when vManage took it; else when it was raised, else when it came in."""
         for epoch_ms in (self.fields.get("receive_time"), self.fields.get("entry_time")):
-            time_of_day = local_time(epoch_ms, zone)
-            if time_of_day:
-                return time_of_day
+            shown = local_time(epoch_ms, zone)
+            if shown:
+                return shown
         return local_time(self.received_ms, zone) or "unknown"
 
     def values(self) -> list[tuple[str, object]]:
@@ -739,9 +755,9 @@ class Alarm:
         BFD_TLOC_Down that has the same values. None: it is neither.
         """
         rule, _, way = self.name().rpartition("_")
-        is_known = way == ("Up" if self.is_clear() else "Down")
+        expected_way = "Up" if self.is_clear() else "Down"
         values = sorted(f"{key}={one_line(value)}" for key, value in self.values())
-        if not is_known or not values:
+        if way != expected_way or not values:
             return None
         return json.dumps([rule, *values])
 
@@ -749,10 +765,11 @@ class Alarm:
     def message(self, now_ms: int, zone: tzinfo, vmanage_url: str = "") -> str:
         """Return its message in markdown; with vManage's address it ends in a link."""
         end = self._last_lines(now_ms, vmanage_url)
-        whole = "<br>".join(self._lines(zone, BODY_BYTES) + end)
+        whole = "<br>".join(self._lines(zone) + end)
         if len(whole.encode()) <= MESSAGE_BYTES:
             return whole
         lines = self._lines(zone, VALUE_BYTES)
+        # The first is for the <br> before it.
         widest_end = ["", f"{CUT} ({len(lines)} more lines)", *end]
         left_bytes = MESSAGE_BYTES - len("<br>".join(widest_end).encode())
         kept: list[str] = []
@@ -764,8 +781,8 @@ class Alarm:
             kept.append(line)
         return "<br>".join(kept + end)
 
-    def _lines(self, zone: tzinfo, most_bytes: int) -> list[str]:
-        """Return its lines with values of so many bytes each."""
+    def _lines(self, zone: tzinfo, most_bytes: int | None = None) -> list[str]:
+        """Return its lines, with values of so many bytes each if any."""
         name = show(self.name(), most_bytes)
         text = show(self.text(), most_bytes)
         severity = show(self.severity(), most_bytes)
@@ -783,6 +800,7 @@ class Alarm:
         return lines
 
     def _last_lines(self, now_ms: int, vmanage_url: str) -> list[str]:
+        """Return what the relay itself says of it: that it is late, and where to look."""
         lines = []
         late_ms = now_ms - self.received_ms
         if late_ms > DELAYED_MS:
@@ -1051,6 +1069,7 @@ class Spool:
         return RelayError(f"no spool can be opened in {self.directory}: {error}")
 
     def _open_or_begin(self) -> None:
+        """Open the file; move a damaged one aside and begin a new one."""
         try:
             self._open()
         except sqlite3.OperationalError as error:
@@ -1243,6 +1262,7 @@ class Spool:
         return None
 
     def _free_bytes(self) -> int:
+        """Return what this user may still write; what root has in reserve does not count."""
         try:
             return shutil.disk_usage(self.directory).free
         except OSError:  # what cannot be asked cannot be written
@@ -1278,6 +1298,7 @@ class Spool:
         bodies: Sequence[str],
         sender: str,
     ) -> bool:
+        """Store alarms and their lines for the log, unless the request is known."""
         received_ms = alarms[0].received_ms
         # Before and after: the clock may have been set back.
         known = self._db.execute(
@@ -1299,10 +1320,12 @@ class Spool:
         return True
 
     def _add_waiting(self, room: str, number: int) -> None:
+        """Note that more alarms wait, or fewer: in the transaction in which they do."""
         self._waiting_by_room[room] = self._waiting_by_room.get(room, 0) + number
         self.waiting_total += number
 
     def _count_waiting(self) -> None:
+        """Ask the database how many wait: at the start, and after a transaction that failed."""
         rows = self._db.execute(
             "SELECT room, count(*) FROM alarm WHERE delivered_ms IS NULL GROUP BY room"
         )
@@ -1603,9 +1626,12 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 # === Courier ==========================================================================
-# Of the histogram in /metrics.
+# A thread for each room, so that rooms do not wait for one another. What it decides from
+# Webex's answer is judge(), above; what is on disk is the spool's to say. Its own is what
+# is in the way of delivery, and for how long.
+# Upper bounds of the histogram in /metrics, in seconds.
 BUCKETS_S = (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 14_400)
-# That a request is answered with.
+# The statuses that a request is answered with: those of all refusals, and 200.
 STATUSES = sorted({200, *(refused.status for refused in Refused.__subclasses__())})
 
 
@@ -1739,10 +1765,12 @@ class Courier:
         return self._deliver_singly(batch.alarms[0], batch.parent_id)
 
     def _now_ms(self) -> int:
+        """Return the time in the unit of the spool."""
         return int(self._clock() * 1000)
 
     # --- The forms of a message: each only if Webex refuses the one before ----------------
     def _deliver_together(self, alarms: Sequence[StoredAlarm], text: str) -> float:
+        """Send a digest; if Webex refuses it, let its alarms go one by one."""
         outcome = self._send({"markdown": text})
         if isinstance(outcome, Failure) and outcome.kind == "refused":
             log.warning("%d alarms go one by one: %s", len(alarms), outcome.reason)
@@ -1751,6 +1779,7 @@ class Courier:
         return self._conclude(alarms, outcome)
 
     def _deliver_singly(self, stored: StoredAlarm, parent_id: str) -> float:
+        """Send an alarm, in up to three forms, so that none can hold up the others."""
         zone = self._settings.time_zone
         alarm = stored.alarm
         text = alarm.message(self._now_ms(), zone, self._settings.vmanage_url)
@@ -1817,11 +1846,13 @@ class Courier:
         return 0.0
 
     def _record(self, delivery: Delivery) -> None:
+        """Let the spool record a delivery; keep it while that cannot be."""
         self._unrecorded = delivery
         self._spool.record(delivery)  # or raises Unavailable, and it is kept
         self._unrecorded = None
 
     def _wait(self, first: StoredAlarm, failure: Failure) -> float:
+        """Note what is in the way, log it if it is news, and return the seconds to wait."""
         wait_s = failure.wait_s
         if failure.kind == "failed":
             self._failures += 1
@@ -1868,6 +1899,8 @@ FIELD_LINE = re.compile(rb"(%b):(%b)\r\n" % (TOKEN, VALUE))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;%b)?\r\n" % VALUE)
 # int() would take a sign, an underscore and the digits of other scripts.
 LENGTH = "[0-9]{1,18}"
+TLS_HANDSHAKE = b"\x16"  # the first byte of a client that speaks TLS: RFC 8446, 5.1
+# Two of one of these would have two readings.
 SINGLE_FIELDS = ("Authorization", "Content-Length", "Host", "Transfer-Encoding")
 # A browser shall run, load and send nothing: what the page shows comes from strangers.
 CONTENT_POLICY = (
@@ -1920,13 +1953,18 @@ class Resource(NamedTuple):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A connection and its requests, one after another, in a thread of its own."""
+    """A connection and its requests, one after another, in a thread of its own.
+
+    close_connection is True until a header has been understood; from then on until the
+    next request it only turns True.
+    """
 
     server: Server
     protocol_version = "HTTP/1.1"
+    body: Iterator[bytes]  # the blocks of the request's body that have not been read
+    # http.server's own, for a type checker.
     raw_requestline: bytes
     rfile: io.BufferedReader
-    body: Iterator[bytes]  # the blocks of the request's body that have not been read
 
     # --- The connection: socketserver's setup() and handle() --------------------------
     def setup(self) -> None:
@@ -1938,8 +1976,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # acknowledgement.
         self.wfile = io.BufferedWriter(self.stream)
         self.is_trusted = False  # credentials have been shown on this connection
-        self.stranger_answers = 0  # given before that
-        # For silence, and for a header, before that.
+        self.stranger_answers = 0  # given before credentials were shown
+        # Seconds for silence, and for a header, before credentials are shown.
         self.patience_s = self.server.patience_s()
 
     def handle(self) -> None:
@@ -1996,8 +2034,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = REQUEST_LINE.fullmatch(self.raw_requestline)
         if not start:
             self.check_line_ended(self.raw_requestline)
-            words = "the header cannot be read: https would need tls_certificate"
-            raise BadFraming(words)
+            hint = ""
+            if self.raw_requestline[:1] == TLS_HANDSHAKE:
+                hint = ": https would need tls_certificate"
+            raise BadFraming(f"the first line cannot be read{hint}")
         self.command = start[1].decode()
         self.path = start[2].decode().partition("?")[0]
         self.request_version = start[3].decode()
@@ -2119,9 +2159,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def skip_body(self) -> None:
         """Read what a refusal has left of the body: some senders read no answer before."""
-        # It may or may not come: end_headers() closes the connection.
         if self.expects_continue:
-            return
+            return  # the client may or may not send it: end_headers() has closed
         try:
             for number, _ in enumerate(self.body):
                 if number == DRAIN_BLOCKS:
@@ -2132,6 +2171,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # --- The methods ---
     def do_GET(self) -> None:
+        """Answer health, page and metrics: admit() lets no other path through."""
         if self.path == "/healthz":
             refusal = self.server.spool.refusal()
             if refusal:
@@ -2142,6 +2182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, resource.render(), resource.content_type)
 
     def do_POST(self) -> None:
+        """Take alarms: put them on disk, wake the courier, and only then answer 200."""
         content = self.read_body()
         alarms = parse_alarms(content, int(time.time() * 1000))
         posted = self.path.encode() + b"\n" + content
@@ -2195,8 +2236,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Decide whether the connection goes on, and end the header."""
         if not self.is_trusted:
             self.stranger_answers += 1
-        is_enough = self.stranger_answers == STRANGER_ANSWERS and not self.is_trusted
-        if self.expects_continue or is_enough or self.server.is_stopping:
+            if self.stranger_answers == STRANGER_ANSWERS:
+                self.close_connection = True
+        if self.expects_continue or self.server.is_stopping:
             self.close_connection = True
         self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         self.send_header("Cache-Control", "no-store")
@@ -2223,6 +2265,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # --- The log ---
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Count an answer; each alarm and each refusal has a line of its own."""
         with self.server.totals.lock:
             self.server.totals.answers[int(code)] += 1
 
@@ -2276,11 +2319,13 @@ class Server(http.server.ThreadingHTTPServer):
         return HEADER_S
 
     def set_idle(self, connection: socket.socket, is_idle: bool) -> None:
+        """Note whether a stop may end a connection: no request of it is on its way."""
         with self._changed:
             self._is_idle[connection] = is_idle
 
     # --- Accepting: socketserver's hooks, in the order in which it calls them ---------
     def service_actions(self) -> None:
+        """Give a sign of life: serve_forever() calls this after each look at the socket."""
         self.deadline.allow(STALL_S)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -2321,6 +2366,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._wait_for_an_end(str(error))
 
     def _wait_for_an_end(self, trouble: str) -> None:
+        """Wait until a connection has ended, which may free what is short; say so if none does."""
         with self._changed:
             if not self._changed.wait(TICK_S):
                 log.warning("no connection can be accepted: %s", trouble)
@@ -2369,13 +2415,16 @@ class Server(http.server.ThreadingHTTPServer):
                             socket.socket.shutdown(connection, socket.SHUT_RD)
 
     def stop(self) -> None:
+        """Let run() come to its end."""
         self.is_stopping = True
         # It returns once serve_forever() has, which may be stuck: nobody waits for it.
         threading.Thread(target=self.shutdown, daemon=True).start()
 
 
 # === Status ===========================================================================
-# How it is, for people (GET / and STATUS=) and for Prometheus (GET /metrics).
+# How it is, for people (GET / and STATUS=) and for Prometheus (GET /metrics). It changes
+# nothing: it asks the spool, the couriers and the totals, and puts that into words.
+
 SINCE_DATE_S = 80_000  # what began longer ago is told with its date
 STATUS_CHARACTERS = 900  # of a verdict in STATUS=: systemd takes 4096 bytes in all
 CELL_BYTES = 160  # of a value on the page, lest fifty hostile alarms make it huge
@@ -2467,6 +2516,7 @@ class Status:
         return Verdict("good", "All alarms are in their rooms")
 
     def _verdict_on_room(self, room: str, waiting: int, where: str) -> Verdict:
+        """Return why the alarms of a room wait, since when, and what to do."""
         words = f"{waiting} alarms wait{where}"
         if waiting == 1:
             words = f"1 alarm waits{where}"
@@ -2521,6 +2571,7 @@ class Status:
         day: Day,
         now_ms: int,
     ) -> list[str]:
+        """Return the row of a room."""
         oldest = ""
         if backlog.oldest_ms is not None:
             oldest = f"oldest {describe_age(now_ms - backlog.oldest_ms)}"
@@ -2534,6 +2585,7 @@ class Status:
         ]
 
     def _alarm_cells(self, stored: StoredAlarm) -> list[str]:
+        """Return the row of an alarm; its last cell begins with its state."""
         alarm = stored.alarm
         severity = alarm.severity()
         if alarm.is_clear():
@@ -2669,6 +2721,8 @@ def backlog_metrics(backlogs: Mapping[str, Backlog], now_s: float) -> list[str]:
 
 
 # === systemd ==========================================================================
+# How the relay is run: its unit, its lines for the journal, and what the two tell one
+# another. Without systemd all of it does nothing, and the relay runs all the same.
 PROGRAM_FILE = "/usr/local/bin/alarmrelay.py"
 UNIT_FILE = "/etc/systemd/system/alarmrelay.service"
 # As alarmrelay.service in the repository. The directives are those of systemd 247,
@@ -2749,6 +2803,7 @@ class LineFormatter(logging.Formatter):
         return self._line(record, super().format(record))
 
     def _line(self, record: logging.LogRecord, event: str) -> str:
+        """Return an event in one line: with a priority for the journal, else with a time."""
         # What would begin a line of its own is shown as \n, \x1b, \u2028.
         line = BREAKING.sub(lambda match: ascii(match[0])[1:-1], event)
         if self._is_journal:
@@ -2798,6 +2853,7 @@ RELAY_HINT = "systemctl status alarmrelay; if listen, webhook_... or tls_... cha
 
 
 def say(line: str) -> None:
+    """Print a line at once, since the next one may take seconds to find out."""
     print(line, flush=True)
 
 
@@ -2956,6 +3012,7 @@ def run_as_the_service() -> int:
 
 
 # === main =============================================================================
+# The order of the parts: what a part needs is built before it, and stopped after it.
 class Relay:
     """The parts of the daemon, from start to stop."""
 
@@ -3046,7 +3103,7 @@ class Relay:
 def serve(_: argparse.Namespace) -> int:
     """Relay alarms until SIGTERM or SIGINT."""
     settings = read_settings(os.environ)
-    os.umask(0o077)
+    os.umask(0o077)  # nobody else reads the spool
     # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock
     # it needs.
     signals = {signal.SIGTERM, signal.SIGINT}
@@ -3067,18 +3124,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Relay vManage's alarms to Webex.")
     version = f"alarmrelay {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    parser.set_defaults(run=serve)
+    parser.set_defaults(run=serve, reads_settings=False)
     commands = parser.add_subparsers(metavar="COMMAND", help="none: relay alarms")
 
     def add(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        """Add a command that is named and described as its function is."""
         words = run.__doc__
         command = commands.add_parser(run.__name__, help=words, description=words)
         command.set_defaults(run=run)
         return command
 
-    add(check)
+    add(check).set_defaults(reads_settings=True)
     add(preview).add_argument("file", nargs="?", default="-", metavar="FILE", help="or -")
-    add(send).add_argument("file", nargs="?", metavar="FILE", help="or -")
+    send_parser = add(send)
+    send_parser.set_defaults(reads_settings=True)
+    send_parser.add_argument("file", nargs="?", metavar="FILE", help="or -")
     add(install).add_argument("--root", default="", metavar="DIR")
     return parser.parse_args()
 
@@ -3090,9 +3150,10 @@ def main() -> int:
     logging.root.handlers[0].setFormatter(LineFormatter())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
-    is_set = not os.environ.keys().isdisjoint({"STATE_DIRECTORY", *SETTINGS})
+    # One variable is enough: nobody shall check a mixture of two sources.
+    has_settings = any(name in os.environ for name in ("STATE_DIRECTORY", *SETTINGS))
     try:
-        if arguments.run in (check, send) and not is_set and Path(ENV_FILE).exists():
+        if arguments.reads_settings and not has_settings and Path(ENV_FILE).exists():
             return run_as_the_service()
         status: int = arguments.run(arguments)
         return status
@@ -3106,6 +3167,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # At once: threads may still wait for idle clients, and Python would abort on their
-    # output.
+    # Not sys.exit(): threads may still wait for idle clients, and Python would abort on
+    # their output.
     os._exit(main())
