@@ -65,7 +65,7 @@ log = logging.getLogger("alarmrelay")
 # --- Messages -------------------------------------------------------------------------
 # Most bytes of `markdown` or `text`, in UTF-8: developer.webex.com/docs/api/v1/messages.
 MESSAGE_BYTES = 7439
-# Most bytes of a value in a message that is too long: two of them fit into its first line.
+# Most bytes of a value in a message that is too long: two fit into its first line.
 VALUE_BYTES = 3000
 # Most bytes of the plain form: why Webex refused the other one is not known.
 PLAIN_TEXT_BYTES = 1000
@@ -546,7 +546,7 @@ def credentials_directory(environ: Mapping[str, str]) -> Path:
 def find_text(name: str, environ: Mapping[str, str]) -> str:
     """Return the text of a setting, "" if it is not set; raise OSError or ValueError.
 
-    A file that cannot be read is told: with the variable in its place, nobody would notice.
+    A file that cannot be read is told: with the variable instead, nobody would notice.
     """
     credential = credentials_directory(environ) / name
     if not credential.exists():
@@ -1044,10 +1044,11 @@ class Spool:
         # Kept, since to count them takes 5 ms with 100,000; for the spool's thread alone.
         self._waiting_by_room: dict[str, int] = {}
         self._taken: list[str] = []  # lines for the log once the alarms are on disk
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: the last
+        # None is the last.
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock_directory()
         self._open_or_begin()
-        # Those who watch are told until somebody has looked at them. [0-9]: without the -wal.
+        # Told to those who watch until somebody has looked at them. [0-9]: without -wal.
         self.damaged_files = sorted(directory.glob("*.damaged-*[0-9]"))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -1171,10 +1172,10 @@ class Spool:
         self._jobs.put(Job(work, outcome))
         return outcome.result()
 
-    def close(self) -> None:
-        """Do the jobs that wait, and close the file."""
+    def close(self, timeout_s: float = STOP_S) -> None:
+        """Do the jobs that wait, and close the file; a disk that hangs is not waited for."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
         self.error = "the spool is closed"
 
     def _run(self) -> None:
@@ -1262,7 +1263,7 @@ class Spool:
         return None
 
     def _free_bytes(self) -> int:
-        """Return what this user may still write; what root has in reserve does not count."""
+        """Return what this user may still write."""
         try:
             return shutil.disk_usage(self.directory).free
         except OSError:  # what cannot be asked cannot be written
@@ -1325,7 +1326,7 @@ class Spool:
         self.waiting_total += number
 
     def _count_waiting(self) -> None:
-        """Ask the database how many wait: at the start, and after a transaction that failed."""
+        """Ask how many wait: at the start, and after a transaction that failed."""
         rows = self._db.execute(
             "SELECT room, count(*) FROM alarm WHERE delivered_ms IS NULL GROUP BY room"
         )
@@ -1768,7 +1769,7 @@ class Courier:
         """Return the time in the unit of the spool."""
         return int(self._clock() * 1000)
 
-    # --- The forms of a message: each only if Webex refuses the one before ----------------
+    # --- The forms of a message: each only if Webex refuses the one before -----------
     def _deliver_together(self, alarms: Sequence[StoredAlarm], text: str) -> float:
         """Send a digest; if Webex refuses it, let its alarms go one by one."""
         outcome = self._send({"markdown": text})
@@ -1852,7 +1853,7 @@ class Courier:
         self._unrecorded = None
 
     def _wait(self, first: StoredAlarm, failure: Failure) -> float:
-        """Note what is in the way, log it if it is news, and return the seconds to wait."""
+        """Note what is in the way, log it if it is news; return the seconds to wait."""
         wait_s = failure.wait_s
         if failure.kind == "failed":
             self._failures += 1
@@ -2158,7 +2159,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bytes(content)
 
     def skip_body(self) -> None:
-        """Read what a refusal has left of the body: some senders read no answer before."""
+        """Read what a refusal has left of a body: some senders read no answer before."""
         if self.expects_continue:
             return  # the client may or may not send it: end_headers() has closed
         try:
@@ -2325,7 +2326,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     # --- Accepting: socketserver's hooks, in the order in which it calls them ---------
     def service_actions(self) -> None:
-        """Give a sign of life: serve_forever() calls this after each look at the socket."""
+        """Give a sign of life: called after each look at the listening socket."""
         self.deadline.allow(STALL_S)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -2366,7 +2367,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._wait_for_an_end(str(error))
 
     def _wait_for_an_end(self, trouble: str) -> None:
-        """Wait until a connection has ended, which may free what is short; say so if none does."""
+        """Wait until a connection has ended, which may free what is short."""
         with self._changed:
             if not self._changed.wait(TICK_S):
                 log.warning("no connection can be accepted: %s", trouble)
@@ -2651,7 +2652,7 @@ Samples = Mapping[str, float]
 
 
 def metric(name: str, words: str, samples: Samples) -> str:
-    """Return a metric's lines. A counter's name ends in _total, a histogram has buckets."""
+    """Return a metric's lines; its name and its samples tell its type."""
     kind = "gauge"
     if name.endswith("_total"):
         kind = "counter"
@@ -2803,7 +2804,7 @@ class LineFormatter(logging.Formatter):
         return self._line(record, super().format(record))
 
     def _line(self, record: logging.LogRecord, event: str) -> str:
-        """Return an event in one line: with a priority for the journal, else with a time."""
+        """Return an event in a line: with a priority for the journal, else with a time."""
         # What would begin a line of its own is shown as \n, \x1b, \u2028.
         line = BREAKING.sub(lambda match: ascii(match[0])[1:-1], event)
         if self._is_journal:
@@ -2860,7 +2861,7 @@ def say(line: str) -> None:
 def read_file(name: str) -> bytes:
     """Return a file's content, standard input's for `-`."""
     if name == "-":
-        return sys.stdin.buffer.read()
+        name = "/dev/stdin"
     return Path(name).read_bytes()
 
 
@@ -3040,14 +3041,15 @@ class Relay:
         )
         self._threads: list[threading.Thread] = []
         # sd_watchdog_enabled(3); 0: systemd waits for no sign of life.
-        self._watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+        self._watchdog_s = int(os.environ.get("WATCHDOG_USEC") or 0) / 1e6
         self.tick_s = TICK_S
         if self._watchdog_s:
             self.tick_s = min(TICK_S, self._watchdog_s / 3)
 
     def start(self) -> None:
         """Begin to accept and to deliver, and say so."""
-        for run in [self._server.run, *(courier.run for courier in self._couriers.values())]:
+        couriers = self._couriers.values()
+        for run in [self._server.run, *(courier.run for courier in couriers)]:
             thread = threading.Thread(target=run, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -3081,7 +3083,7 @@ class Relay:
         self._tell_watchdog()
 
     def _tell_watchdog(self) -> None:
-        """Give a sign of life if the accept loop and all couriers do; the spool just did."""
+        """Give a sign of life if accept loop and couriers do; the spool just did."""
         parts = [self._server.deadline]
         parts += [courier.deadline for courier in self._couriers.values()]
         if self._watchdog_s and all(deadline.left_s() > 0 for deadline in parts):
@@ -3097,7 +3099,7 @@ class Relay:
             courier.stop()
         for thread in self._threads:
             thread.join(max(0.0, deadline.left_s()))
-        self.spool.close()
+        self.spool.close(max(1.0, deadline.left_s()))
 
 
 def serve(_: argparse.Namespace) -> int:
@@ -3149,7 +3151,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     logging.root.handlers[0].setFormatter(LineFormatter())
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
+        # Whatever the locale, and whatever bytes a path has.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # One variable is enough: nobody shall check a mixture of two sources.
     has_settings = any(name in os.environ for name in ("STATE_DIRECTORY", *SETTINGS))
     try:
@@ -3157,6 +3160,8 @@ def main() -> int:
             return run_as_the_service()
         status: int = arguments.run(arguments)
         return status
+    except BrokenPipeError:  # `alarmrelay.py preview | head -1`: the reader has enough
+        return RelayError.exit_status
     except (RelayError, OSError, sqlite3.Error) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
