@@ -933,6 +933,11 @@ def decode_leniently(text: bytes) -> str:
     return text.decode(errors="replace")
 
 
+def as_ms(value: object) -> int:
+    """Return a time of the database, 0 where damage has left none."""
+    return value if isinstance(value, int) else 0
+
+
 @dataclass(frozen=True)
 class StoredAlarm:
     """An alarm on disk."""
@@ -949,15 +954,13 @@ class StoredAlarm:
         If damage has left no JSON of it, what is left is its text.
         """
         spool_id, room, body, received_ms, delivered_ms = row
-        if not isinstance(received_ms, int):
-            received_ms = 0
-        if delivered_ms is not None and not isinstance(delivered_ms, int):
-            delivered_ms = 0
+        if delivered_ms is not None:
+            delivered_ms = as_ms(delivered_ms)
         try:
             fields = dict(DECODER.decode(body))
         except (ValueError, TypeError, RecursionError):
             fields = {"message": f"This alarm is damaged on disk: {body}"}
-        return cls(spool_id, room, Alarm(fields, received_ms), delivered_ms)
+        return cls(spool_id, room, Alarm(fields, as_ms(received_ms)), delivered_ms)
 
     def stand_in(self) -> str:
         """Return a sentence for a Webex that refuses whatever the alarm itself says."""
@@ -1418,7 +1421,7 @@ class Spool:
                 WHERE room = ? AND delivered_ms IS NULL ORDER BY id LIMIT 1""",
                 (room,),
             ).fetchone()
-            oldest_ms = oldest[0] if oldest else None
+            oldest_ms = as_ms(oldest[0]) if oldest else None
             backlogs[room] = Backlog(self._waiting_by_room.get(room, 0), oldest_ms)
         return backlogs
 
