@@ -1949,6 +1949,16 @@ class Stream(io.RawIOBase):
         self._connection.settimeout(left_s)
 
 
+@dataclass
+class Place:
+    """What the server has to know of an open connection; its thread sets it."""
+
+    # A stop may end it: no request of it is on its way.
+    is_idle: bool = True
+    # Bytes of a request may still come: the client needs time to read its answer.
+    is_unread: bool = False
+
+
 class Resource(NamedTuple):
     """What a GET with credentials is answered with."""
 
@@ -1973,6 +1983,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # --- The connection: socketserver's setup() and handle() --------------------------
     def setup(self) -> None:
         """Put the streams of StreamRequestHandler over one that has a deadline."""
+        self.place = self.server.places[self.request]
         self.connection: socket.socket = self.request
         self.stream = Stream(self.connection)
         self.rfile = io.BufferedReader(self.stream)
@@ -1989,7 +2000,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(self.connection, ssl.SSLSocket):
             # Here, and not where connections are accepted, a silent client holds up
             # nobody else. A stop waits for it, since an alarm may follow.
-            self.server.set_idle(self.connection, False)
+            self.place.is_idle = False
             self.connection.settimeout(self.patience_s)
             self.connection.do_handshake()
         super().handle()
@@ -2003,18 +2014,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.expects_continue = False  # the client waits to be asked for the body
         if not self.wait_for_request():
             return
+        is_framed = True  # it is known where the request ends
         try:
             super().handle_one_request()
         except Refused as refusal:
             self.refuse(refusal)
+            is_framed = not refusal.is_last
         self.wfile.flush()
         # Answered: a stop need not wait for the rest of a refused body.
-        self.server.set_idle(self.connection, True)
-        self.skip_body()
+        self.place.is_idle = True
+        if is_framed and self.skip_body():
+            self.place.is_unread = False
+        else:
+            self.close_connection = True
 
     def wait_for_request(self) -> bool:
         """Return whether one begins before the client's time for silence is over."""
-        self.server.set_idle(self.connection, True)
+        self.place.is_idle = True
         self.stream.deadline.allow(IDLE_S if self.is_trusted else self.patience_s)
         try:
             # An empty line may come first: RFC 9112, 2.2.
@@ -2024,7 +2040,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             has_begun = bool(self.rfile.peek(1))
         except (TooSlow, OSError):  # it has nothing more to say, and needs no answer
             return False
-        self.server.set_idle(self.connection, False)
+        self.place.is_idle = False
+        self.place.is_unread = has_begun
         self.stream.deadline.allow(HEADER_S if self.is_trusted else self.patience_s)
         return has_begun
 
@@ -2161,17 +2178,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise TooLarge(too_large)
         return bytes(content)
 
-    def skip_body(self) -> None:
-        """Read what a refusal has left of a body: some senders read no answer before."""
+    def skip_body(self) -> bool:
+        """Read what a refusal has left of a body, and return whether that was all of it.
+
+        Some senders read no answer before they have sent it.
+        """
         if self.expects_continue:
-            return  # the client may or may not send it: end_headers() has closed
+            return False  # the client may or may not send it
         try:
             for number, _ in enumerate(self.body):
                 if number == DRAIN_BLOCKS:
-                    self.close_connection = True
-                    return
+                    return False
         except (OSError, Refused):  # it has its answer
-            self.close_connection = True
+            return False
+        return True
 
     # --- The methods ---
     def do_GET(self) -> None:
@@ -2310,22 +2330,17 @@ class Server(http.server.ThreadingHTTPServer):
             self.methods.setdefault(path, []).append("POST")
         self.is_stopping = False  # each answer is its connection's last
         self.deadline = Deadline()  # for the watchdog
-        self._places = max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
-        # Guards what follows; notified when one ends.
+        most = min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES)
+        self._most_places = max(8, most)
+        # Guards what follows; notified when a connection ends.
         self._changed = threading.Condition()
-        # Of each open connection, whether no request of it is on its way.
-        self._is_idle: dict[socket.socket, bool] = {}
+        self.places: dict[socket.socket, Place] = {}  # of each open connection
 
     def patience_s(self) -> float:
         """Return how long a new connection may be silent: less when places become few."""
-        if len(self._is_idle) > self._places / 2:
+        if len(self.places) > self._most_places / 2:
             return TICK_S
         return HEADER_S
-
-    def set_idle(self, connection: socket.socket, is_idle: bool) -> None:
-        """Note whether a stop may end a connection: no request of it is on its way."""
-        with self._changed:
-            self._is_idle[connection] = is_idle
 
     # --- Accepting: socketserver's hooks, in the order in which it calls them ---------
     def service_actions(self) -> None:
@@ -2339,7 +2354,7 @@ class Server(http.server.ThreadingHTTPServer):
             has_place = self._changed.wait_for(self._has_place, TICK_S)
         if not has_place:
             words = "no connection can be accepted: all %d places are taken"
-            log.warning(words, self._places)
+            log.warning(words, self._most_places)
             raise BlockingIOError
         try:
             connection, address = super().get_request()
@@ -2355,11 +2370,12 @@ class Server(http.server.ThreadingHTTPServer):
                 server_side=True,
                 do_handshake_on_connect=False,
             )
-        self.set_idle(connection, True)
+        with self._changed:
+            self.places[connection] = Place()
         return connection, address
 
     def _has_place(self) -> bool:
-        return len(self._is_idle) < self._places
+        return len(self.places) < self._most_places
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection its thread, or close it if there is none to be had."""
@@ -2396,7 +2412,7 @@ class Server(http.server.ThreadingHTTPServer):
             # To close while bytes come in is a reset, which can overtake the answer.
             stream = Stream(request)
             stream.deadline.allow(LINGER_S)
-            while stream.read(BLOCK_BYTES):
+            while self.places[request].is_unread and stream.read(BLOCK_BYTES):
                 pass
         self.close_request(request)
 
@@ -2404,7 +2420,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Close a connection, and give its place to another."""
         super().close_request(request)
         with self._changed:
-            del self._is_idle[request]
+            del self.places[request]
             self._changed.notify_all()
 
     def run(self) -> None:
@@ -2412,9 +2428,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.serve_forever(poll_interval=TICK_S)
         self.server_close()
         with self._changed:
-            while not self._changed.wait_for(lambda: not self._is_idle, GRACE_S):
-                for connection, is_idle in self._is_idle.items():
-                    if is_idle:
+            while not self._changed.wait_for(lambda: not self.places, GRACE_S):
+                # Reading ends, and so does its thread; those not idle have time left.
+                for connection, place in self.places.items():
+                    if place.is_idle:
                         with suppress(OSError):  # it has ended
                             socket.socket.shutdown(connection, socket.SHUT_RD)
 
