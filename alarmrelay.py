@@ -113,7 +113,7 @@ DUPLICATE_MS = 600_000
 WAITING_ALARMS = 100_000
 # Least free space to take alarms, so that deliveries can still be recorded.
 FREE_BYTES = 16 * 2**20
-# Least free space at which a write that failed did not fail since the disk is full.
+# Free space, with less of which a write that failed means a full disk, else a broken one.
 FULL_BYTES = 2**20
 # Seconds until a courier asks a full disk again.
 DISK_RETRY_S = 5.0
@@ -363,7 +363,7 @@ class Setting(NamedTuple):
 
     form: str  # a regular expression of the whole text
     expected: str  # in words, for whoever has to mend it
-    # Taken if nothing is set; where the form refuses it, the setting is required.
+    # Taken if nothing is set. A setting is required if its form refuses this.
     default: str = ""
     # Makes the value of a text of that form; raises one of OSError, LookupError and
     # ValueError if it cannot.
@@ -507,7 +507,7 @@ def list_settings(environ: Mapping[str, str]) -> dict[str, Setting]:
         if re.fullmatch(ROOM_NAME, name):
             settings[name] = room
         else:
-            # Nobody can post there: any id is a problem.
+            # Nobody can post there. A form that takes no text makes any id a problem.
             settings[name] = room._replace(form="")
     return settings
 
@@ -529,7 +529,9 @@ def read_setting(name: str, setting: Setting, environ: Mapping[str, str]) -> Any
             expected = "a time zone database: install the package tzdata on this host"
         # As in https://user:password@host and in ?token=...
         may_hold_a_password = "@" in text or "?" in text
-        if not text:
+        if not text and isinstance(error, (OSError, UnicodeError)):
+            found = f"a file that cannot be read: {error}"
+        elif not text:
             found = f"nothing: export {name}=... or set it in {ENV_FILE}"
         elif setting.is_secret or may_hold_a_password:
             found = "a hidden value"
@@ -652,7 +654,7 @@ def escape_markdown(text: str) -> str:
 
 def show(value: object, most_bytes: int | None = None) -> str:
     """Return any value of an alarm in one line of markdown, of so many bytes if any."""
-    # What is longer fits into no message, and escaping costs time.
+    # Escaping costs time. One more than fits, so that message() sees that it is too long.
     text = one_line(value)[: MESSAGE_BYTES + 1]
     if most_bytes is None:
         return escape_markdown(text)
@@ -769,9 +771,8 @@ class Alarm:
         if len(whole.encode()) <= MESSAGE_BYTES:
             return whole
         lines = self._lines(zone, VALUE_BYTES)
-        # The first is for the <br> before it.
-        widest_end = ["", f"{CUT} ({len(lines)} more lines)", *end]
-        left_bytes = MESSAGE_BYTES - len("<br>".join(widest_end).encode())
+        widest_end = "<br>".join([f"{CUT} ({len(lines)} more lines)", *end])
+        left_bytes = MESSAGE_BYTES - len(f"<br>{widest_end}".encode())
         kept: list[str] = []
         for line in lines:
             left_bytes -= len(f"<br>{line}".encode())
@@ -839,7 +840,7 @@ def parse_alarms(body: bytes, received_ms: int) -> list[Alarm]:
     if not isinstance(content, list):
         objects = [content]
     are_alarms = all(isinstance(one, dict) for one in objects)
-    if not are_alarms or not 0 < len(objects) <= ALARMS:
+    if not objects or not are_alarms or len(objects) > ALARMS:
         words = f"expected an alarm, a JSON object, or an array of up to {ALARMS}"
         raise BadRequest(words)
     return [Alarm(one, received_ms) for one in objects]
@@ -881,6 +882,7 @@ PRAGMAS = """
     PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
+    PRAGMA journal_size_limit = 8388608;  -- bytes of the -wal file, after a storm
 """
 # The file's user_version. The file of a newer relay is left alone.
 SCHEMA_VERSION = 3
@@ -896,7 +898,7 @@ TABLE = """CREATE TABLE IF NOT EXISTS alarm (
     uuid TEXT,                     -- the alarm's
     down TEXT                      -- Alarm.outage() of a raise, until that is cleared
 )"""
-# Those of all versions; 0 and 1 had no uuid and down.
+# The columns that every version has; uuid and down came with version 2.
 FIRST_COLUMNS = {
     "id",
     "room",
@@ -971,7 +973,7 @@ class StoredAlarm:
 
 
 @dataclass(frozen=True)
-class Raised:
+class ClearedAlarm:
     """A delivered alarm that a clear clears."""
 
     spool_id: int
@@ -1047,11 +1049,12 @@ class Spool:
         # Kept, since to count them takes 5 ms with 100,000; for the spool's thread alone.
         self._waiting_by_room: dict[str, int] = {}
         self._taken: list[str] = []  # lines for the log once the alarms are on disk
-        # None is the last.
+        # None ends the thread.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock_directory()
         self._open_or_begin()
-        # Told to those who watch until somebody has looked at them. [0-9]: without -wal.
+        # Shown in the verdict until they are moved away. Their names end in a digit; those
+        # of their -wal files do not.
         self.damaged_files = sorted(directory.glob("*.damaged-*[0-9]"))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -1107,9 +1110,10 @@ class Spool:
             # that cannot be recorded, again at each restart.
             self._make_tables()
         except sqlite3.OperationalError:
-            if version < SCHEMA_VERSION or self._free_bytes() >= FULL_BYTES:
+            is_full = self._free_bytes() < FULL_BYTES
+            if not (is_full and version == SCHEMA_VERSION):
                 raise
-            self._db.rollback()  # it is full: what waits can still be delivered
+            self._db.rollback()  # what waits can still be delivered
         self._count_waiting()
 
     def _check_header(self) -> None:
@@ -1242,7 +1246,7 @@ class Spool:
     def _forget(self) -> None:
         """Undo what jobs have noted, in memory or in a transaction that goes on."""
         self._taken = []
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error, MemoryError):
             self._db.rollback()
             self._count_waiting()
 
@@ -1354,19 +1358,19 @@ class Spool:
             alarms.append(StoredAlarm.from_row(row))
             characters += len(str(row[2]))
         parent_id = ""
-        if alarms:
-            for raised in self._find_raised(alarms[0])[:1]:
-                parent_id = raised.message_id
+        cleared = self._find_cleared(alarms[0]) if alarms else []
+        if cleared:
+            parent_id = cleared[0].message_id
         return Batch(alarms, parent_id)
 
     @in_spool_thread
     def record(self, delivery: Delivery) -> None:
         """Record that alarms stand in their room."""
         for stored in delivery.alarms:  # in their order: down, up and down again
-            for raised in self._find_raised(stored):
+            for cleared in self._find_cleared(stored):
                 self._db.execute(
                     "UPDATE alarm SET down = NULL WHERE id = ?",
-                    (raised.spool_id,),
+                    (cleared.spool_id,),
                 )
             alarm = stored.alarm
             self._db.execute(
@@ -1382,7 +1386,7 @@ class Spool:
             )
             self._add_waiting(stored.room, -1)
 
-    def _find_raised(self, stored: StoredAlarm) -> list[Raised]:
+    def _find_cleared(self, stored: StoredAlarm) -> list[ClearedAlarm]:
         """Return the delivered alarms that a clear clears, the newest first.
 
         They are those of its uuids, else the newest that is down by the same outage.
@@ -1399,7 +1403,7 @@ class Spool:
             ORDER BY id DESC LIMIT 1""",
             (stored.room, stored.alarm.outage()),
         ).fetchall()
-        return [Raised(*row) for row in by_uuid or by_outage]
+        return [ClearedAlarm(*row) for row in by_uuid or by_outage]
 
     @in_spool_thread
     def delete_delivered(self, before_ms: int) -> None:
@@ -1473,7 +1477,10 @@ class Client:
     """Asks Webex or, for the command `send`, the relay itself."""
 
     def __init__(self, url: str, authorization: str, is_local: bool = False) -> None:
-        """Take the root of an API. On this host, no proxy and no certificate counts."""
+        """Take the root of an API, and what its requests show.
+
+        is_local: it is on this host; go past any proxy, and trust any certificate.
+        """
         self._url = url.rstrip("/")
         self._headers = {
             "Content-Type": "application/json",
@@ -1529,9 +1536,10 @@ class Meaning(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """Webex has not, or nobody knows."""
+    """Webex has not taken the message, or nobody knows whether it has."""
 
-    # "refused": this message; "held": token, room; "paused"; "failed": all that passes.
+    # "refused": Webex does not like this message. "held": somebody has to mend the token
+    # or the room. "paused": Webex has said for how long. "failed": it passes by itself.
     kind: str
     wait_s: float  # until it is tried again
     reason: str  # `401 Unauthorized: …`, with Webex's own words
@@ -1802,8 +1810,9 @@ class Courier:
         return self._conclude([stored], outcome)
 
     def _say_once(self, stored: StoredAlarm, words: str, failure: Failure) -> None:
-        """Log that an alarm goes in another form, though it may be held and retried."""
-        if not self.trouble:
+        """Log that an alarm goes in another form, unless it is held and has been told."""
+        is_held = self.trouble is not None and self.trouble.failure.kind == "refused"
+        if not is_held:
             log.warning("alarm %d %s: %s", stored.spool_id, words, failure.reason)
 
     def _send(
@@ -1817,7 +1826,7 @@ class Courier:
             message["parentId"] = parent_id
         self.deadline.allow(SEND_S)
         answer = self._webex.ask("/messages", json.dumps(message).encode())
-        self.deadline.allow(SEND_S)
+        self.deadline.allow(SEND_S)  # anew: what follows is the spool's
         outcome = judge(answer, self._failures, self._clock())
         if isinstance(outcome, Failure):
             with self._totals.lock:
@@ -2034,8 +2043,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.stream.deadline.allow(IDLE_S if self.is_trusted else self.patience_s)
         try:
             # An empty line may come first: RFC 9112, 2.2.
-            is_empty_line = self.rfile.peek(1)[:1] == b"\r"
-            if is_empty_line and self.rfile.readline(2) != b"\r\n":
+            starts_with_cr = self.rfile.peek(1)[:1] == b"\r"
+            if starts_with_cr and self.rfile.readline(2) != b"\r\n":
                 return False
             has_begun = bool(self.rfile.peek(1))
         except (TooSlow, OSError):  # it has nothing more to say, and needs no answer
@@ -2066,7 +2075,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_old = self.request_version == "HTTP/1.0"
         # RFC 9112, 9.3. There may be several such fields, each with several options.
         options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.close_connection = is_old or "close" in map(str.strip, options)
+        has_close = "close" in [option.strip() for option in options]
+        self.close_connection = is_old or has_close
         expected = self.headers.get("Expect", "").lower()
         self.expects_continue = expected == "100-continue" and not is_old
         self.body = self.frame_body()
@@ -2147,10 +2157,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def blocks_of_chunks(self) -> Iterator[bytes]:
         """Yield the blocks of a body in chunks: RFC 9112, 7.1, without trailer fields."""
         while True:
-            line = CHUNK_LINE.fullmatch(self.rfile.readline(BLOCK_BYTES))
-            if not line:
+            line = self.rfile.readline(BLOCK_BYTES)
+            chunk_line = CHUNK_LINE.fullmatch(line)
+            if not chunk_line:
+                self.check_line_ended(line)
                 raise BadFraming("a chunk does not begin with its size")
-            size = int(line[1], 16)
+            size = int(chunk_line[1], 16)
             yield from self.blocks_of_length(size)
             if self.rfile.read(2) != b"\r\n":
                 raise BadFraming("a chunk is not as long as its size says")
@@ -2300,6 +2312,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.info(f"%s {format}", self.address_string(), *args)
 
 
+def list_methods(read: Iterable[str], posted_to: Iterable[str]) -> dict[str, list[str]]:
+    """Return the methods of each path: of those that are read, and of those of rooms."""
+    methods = {path: ["GET"] for path in read}
+    for path in posted_to:
+        methods.setdefault(path, []).append("POST")
+    return methods
+
+
+def count_places() -> int:
+    """Return how many connections may be open at a time: each has a descriptor."""
+    return max(8, min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES))
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, each into a thread of its own, as many as there are places."""
 
@@ -2312,7 +2337,8 @@ class Server(http.server.ThreadingHTTPServer):
         totals: Totals,
         resources: Mapping[str, Resource],
     ) -> None:
-        # Bound elsewhere, so that nobody looks up the host's name: DNS may be down.
+        # TCPServer makes a socket of its own, and ours takes its place. Bound elsewhere, it
+        # does not look up the host's name: DNS may be down.
         super().__init__(listener.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -2325,13 +2351,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.couriers = couriers  # by the path of their room
         self.totals = totals
         self.resources = resources  # by path
-        self.methods = {path: ["GET"] for path in ("/healthz", *resources)}  # by path
-        for path in couriers:
-            self.methods.setdefault(path, []).append("POST")
+        self.methods = list_methods(["/healthz", *resources], couriers)
         self.is_stopping = False  # each answer is its connection's last
         self.deadline = Deadline()  # for the watchdog
-        most = min(CONNECTIONS, os.sysconf("SC_OPEN_MAX") - SPARE_FILES)
-        self._most_places = max(8, most)
+        self._most_places = count_places()
         # Guards what follows; notified when a connection ends.
         self._changed = threading.Condition()
         self.places: dict[socket.socket, Place] = {}  # of each open connection
@@ -2359,7 +2382,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             connection, address = super().get_request()
         except (BlockingIOError, ConnectionError):
-            raise
+            raise  # that client has gone: there is nothing to wait for
         except OSError as error:
             # No descriptors: select() would return at once, again and again.
             self._wait_for_an_end(str(error))
@@ -2407,7 +2430,7 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(request, ssl.SSLSocket):
                 with suppress(OSError, ValueError):
                     request.unwrap()  # says goodbye (RFC 8446, 6.1), and waits for none
-            # Not ssl's, which forgets its state.
+            # Not SSLSocket's own, which would drop the TLS state, and read ciphertext.
             socket.socket.shutdown(request, socket.SHUT_WR)
             # To close while bytes come in is a reset, which can overtake the answer.
             stream = Stream(request)
@@ -2960,7 +2983,7 @@ def check_directory(directory: Path) -> str:
     words = f"state directory {directory}: {free >> 20} MiB free"
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK) and free >= FREE_BYTES:
         return f"ok: {words}"
-    needs = f"must have {FREE_BYTES >> 20} and be writable by the relay's user"
+    needs = f"must have {FREE_BYTES >> 20} MiB and be writable by the relay's user"
     return f"wrong: {words}; {needs}"
 
 
@@ -3077,8 +3100,12 @@ class Relay:
         if not (self._settings.tls or ipaddress.ip_address(host).is_loopback):
             words = "password and alarms come over the network in plain text"
             log.warning("no tls_certificate: %s", words)
-        verdict, words = self._look()
-        level = logging.WARNING if verdict.kind == "bad" else logging.INFO
+        level = logging.INFO
+        words = self._where
+        with suppress(Unavailable):  # a full disk: the next tick tells it
+            verdict, words = self._look()
+            if verdict.kind == "bad":
+                level = logging.WARNING
         log.log(level, "alarmrelay %s: %s", __version__, words)
         notify("READY=1", f"STATUS={words}")
 
@@ -3126,8 +3153,8 @@ def serve(_: argparse.Namespace) -> int:
     """Relay alarms until SIGTERM or SIGINT."""
     settings = read_settings(os.environ)
     os.umask(0o077)  # nobody else reads the spool
-    # Taken by sigtimedwait() alone: a handler may run while its thread holds the lock
-    # it needs.
+    # No handlers: one would interrupt this thread, perhaps inside a lock that it needs.
+    # The signals wait until sigtimedwait() takes them.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
     relay = Relay(settings)
@@ -3173,7 +3200,7 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Whatever the locale, and whatever bytes a path has.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    # One variable is enough: nobody shall check a mixture of two sources.
+    # If any is set, the environment is taken, else the service's file: never a mixture.
     has_settings = any(name in os.environ for name in ("STATE_DIRECTORY", *SETTINGS))
     try:
         if arguments.reads_settings and not has_settings and Path(ENV_FILE).exists():

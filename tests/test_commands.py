@@ -119,7 +119,7 @@ def test_check_says_what_to_do_about_a_directory_that_cannot_be_written(tmp_path
     done = run_as_nobody(tmp_path, environment(tmp_path, webex.url), "check")
     assert done.returncode == 1
     assert f"wrong: state directory {tmp_path / 'state'}: " in done.stdout
-    assert " MiB free; must have 16 and be writable by the relay's user\n" in done.stdout
+    assert " MiB free; must have 16 MiB and be writable by the relay's user\n" in done.stdout
     (tmp_path / "state").write_text("a file")
     (state,) = wrong(environment(tmp_path, webex.url))
     assert state.startswith(f"state directory {tmp_path / 'state'}: ")
