@@ -114,6 +114,12 @@ def test_check_says_what_to_do_about_a_certificate_that_is_not_trusted(tmp_path)
         assert wrong(environment(tmp_path, webex.url, SSL_CERT_FILE=str(pair[0]))) == []
 
 
+def test_check_shows_a_directory_whose_name_is_no_utf_8(tmp_path, webex):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    _, state, *_ = checked(environment(tmp_path, webex.url, STATE_DIRECTORY=name))
+    assert state.startswith(f"ok: state directory {tmp_path}/caf\\udce9: ")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_check_says_what_to_do_about_a_directory_that_cannot_be_written(tmp_path, webex):
     done = run_as_nobody(tmp_path, environment(tmp_path, webex.url), "check")
@@ -157,6 +163,29 @@ def test_one_setting_in_the_environment_and_those_of_the_host_are_not_taken(
     assert ("expected" in done.stderr) != is_asked
     assert (done.stdout == "systemd-run is asked\n") == is_asked
     assert (done.returncode == 7) == is_asked
+
+
+def preview_in_a_shell(words: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run preview as "$@" in this line of a shell."""
+    command = ["sh", "-c", words, "sh", sys.executable, "-X", "dev", str(PROGRAM), "preview"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+def test_preview_without_standard_input_is_a_clear_error(arguments):
+    done = preview_in_a_shell('"$@" <&-', *arguments)
+    assert (done.returncode, done.stdout) == (74, "")
+    (line,) = done.stderr.splitlines()
+    assert " ERROR " in line
+    assert "/dev/stdin" in line
+
+
+def test_preview_ends_without_a_word_once_its_reader_has_enough(tmp_path):
+    many = tmp_path / "many.json"
+    many.write_text(json.dumps([{"message": "x" * 1000}] * 1000))  # more than a pipe holds
+    done = preview_in_a_shell('"$@" | head -1', str(many))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
 
 
 ACCEPTED = '200 {"status": "accepted"}\n'

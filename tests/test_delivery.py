@@ -336,6 +336,19 @@ def test_a_room_that_refuses_every_form_is_asked_once_a_minute_and_keeps_the_ord
     assert courier.trouble is None
 
 
+def test_a_room_that_refuses_every_form_has_a_line_for_each_form_once(
+    courier, spool, webex, clock, caplog
+):
+    store(spool, "one")
+    webex.fault_for = lambda _: REFUSED
+    for _ in range(3):
+        assert courier.step() == 60.0
+        clock.now_s += 60
+    assert len(webex.requests) == 3 * 3
+    for words in ("goes again as plain text", "goes without its text"):
+        assert caplog.text.count(words) == 1
+
+
 @pytest.mark.parametrize("refusals", [1, 2])
 @pytest.mark.parametrize("between", [Fault(status=503), RESET_BEFORE])
 def test_a_plainer_form_is_tried_again_after_failures_in_between_and_ever_later(

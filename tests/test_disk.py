@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pytest
 from harness import FAST, Relay, environment, get, run
 from page import Page
@@ -269,6 +270,60 @@ def test_what_is_damaged_of_delivered_alarms_keeps_no_waiting_one(tmp_path, webe
     assert not [*path.parent.glob("*.damaged-*")]
 
 
+@pytest.mark.parametrize("count", [3, 12], ids=["singly", "digest"])
+def test_an_alarm_whose_time_is_damaged_is_delivered_and_the_rest_after_it(tmp_path, webex, count):
+    damage_time(tmp_path, count, number=2)
+    with Relay(tmp_path, webex.url) as relay:
+        webex.wait_for(lambda: len(webex.alarms()) == count)
+        relay.told(f"0 waiting, {count} delivered")
+        assert get(relay, "/")[0] == get(relay, "/metrics")[0] == 200
+    assert numbers(webex) == list(range(count))
+
+
+@pytest.mark.xfail(strict=True, reason="Backlog.oldest_ms is then a text")
+@pytest.mark.parametrize("path", ["/", "/metrics"])
+def test_page_and_metrics_answer_while_an_alarm_whose_time_is_damaged_waits(tmp_path, webex, path):
+    damage_time(tmp_path, 3, number=1)  # the oldest, of which they tell the age
+    webex.fault_for = lambda _: Fault(status=404)
+    with Relay(tmp_path, webex.url) as relay:
+        relay.told("STATUS=3 alarms wait: Webex has no such room")
+        assert get(relay, path)[0] == 200
+
+
+def damage_time(directory: Path, count: int, number: int) -> None:
+    """Fill the spool of a relay, and put text where the time of an alarm was."""
+    fill(directory / "state", count)
+    with contextlib.closing(sqlite3.connect(directory / "state" / "alarmrelay.db")) as db, db:
+        db.execute("UPDATE alarm SET received_ms = 'x' WHERE id = ?", (number,))
+
+
+def test_a_look_that_fails_at_a_whole_file_ends_the_relay_with_74_and_moves_nothing(
+    tmp_path, webex
+):
+    """The disk may have misread it; what waits is delivered by the next start that can read."""
+    flag = tmp_path / "misread"
+    webex.fault_for = lambda _: Fault(status=404)
+    relay = Relay(tmp_path, webex.url, FAST, faults.let(faults.misread, flag))
+    relay.start()
+    assert relay.post(numbered(1)) == ACCEPTED
+    assert relay.post(numbered(2)) == ACCEPTED
+    flag.touch()
+    assert relay.process.wait(20) == 74
+    assert "the spool cannot be read or written: database disk image is malf" in relay.log()
+    flag.touch()
+    with pytest.raises(AssertionError, match="was not told 'READY=1'"):
+        relay.start()
+    assert relay.process.wait(20) == 74
+    assert f"no spool can be opened in {tmp_path / 'state'}: database disk image" in relay.log()
+    assert not flag.exists()
+    webex.fault_for = lambda _: None
+    with relay:
+        relay.told("0 waiting, 2 delivered")
+    assert numbers(webex) == [1, 2]
+    assert "the spool is damaged" not in relay.log()
+    assert not [*(tmp_path / "state").glob("*.damaged-*")]
+
+
 class TakesAll:
     """In place of the client for Webex."""
 
@@ -474,6 +529,28 @@ def test_an_io_error_acknowledges_nothing_and_ends_the_process_with_74(tmp_path,
     assert relay.stop() == 0
     # What was refused may stand in the file all the same: it is only not promised.
     assert numbers(webex) in ([1, 3], [1, 2, 3])
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_a_disk_that_refuses_writes_from_the_start_ends_each_start_before_anything_is_sent(
+    tmp_path, webex
+):
+    """What has been sent could not be recorded, and would be sent again by each start."""
+    fill(tmp_path / "state", 2)
+    relay = Relay(tmp_path, webex.url)
+    inject = ["-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO"]
+    command = ["strace", "-f", "-qq", *inject, "-o", "/dev/null", *relay.command]
+    for _ in range(3):
+        done = subprocess.run(
+            command, env=relay.environ, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 74
+        assert f"no spool can be opened in {tmp_path / 'state'}: disk I/O error" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert webex.requests == []
+    with relay:
+        relay.told("0 waiting, 2 delivered")
+    assert numbers(webex) == [0, 1]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to make a file system read-only")

@@ -25,6 +25,7 @@ from harness import (
     marker,
     posted,
     status_of,
+    wait_until,
 )
 
 MEGABYTE = 2**20
@@ -118,6 +119,25 @@ def test_an_empty_line_before_a_request_is_passed_over(client):
     assert_usable(client)
     client.send(b"\r\n")
     assert_usable(client)
+
+
+@pytest.mark.parametrize("empty_line", [b"", b"\r\n"])
+def test_a_first_line_of_over_64_kib_is_refused_also_after_an_empty_line(client, empty_line):
+    answer = client.ask(empty_line, b"POST /", b"x" * 66_000, b" HTTP/1.1\r\n\r\n")
+    assert (answer.status, answer.headers["connection"]) == (414, "close")
+    assert answer.json["error"]
+    assert client.is_closed()
+
+
+@pytest.mark.parametrize("first", [b"", posted()], ids=["at once", "after a request"])
+def test_an_empty_line_and_then_silence_gets_no_answer_and_no_line(tmp_path, webex, first):
+    limits = {"HEADER_S": 0.4, "IDLE_S": 0.4, "TICK_S": 0.05}
+    with Relay(tmp_path, webex.url, limits) as relay, Client(relay) as client:
+        if first:
+            assert client.ask(first).status == 200
+        client.send(b"\r\n")
+        assert client.is_closed()
+        assert "WARNING" not in relay.log()
 
 
 def test_white_space_at_the_end_of_a_field_is_no_part_of_it(client):
@@ -514,3 +534,25 @@ def test_a_client_that_resets_the_connection_leaves_lines_and_no_traceback(relay
     assert relay.post(alarm())[0] == 200
     for line in relay.log().splitlines():
         assert re.match(r"\S+ \S+ (INFO|WARNING) (alarmrelay|alarm|127\.0\.0\.1) ", line), line
+
+
+@pytest.mark.parametrize(
+    ("status", "request_of_it"),
+    [
+        (200, head("GET /healthz HTTP/1.1")),
+        (200, head("GET /healthz HTTP/1.1", Connection="close")),
+        (401, head(authorization=None, Content_Length=1000)),
+        (413, head(Content_Length=5 * MEGABYTE)),
+    ],
+    ids=["kept", "closed", "stranger", "too large"],
+)
+def test_a_client_that_resets_the_connection_after_its_answer_is_not_said_to_be_unanswered(
+    relay, status, request_of_it
+):
+    before = status_of(relay, "Threads")
+    with Client(relay) as client:
+        assert client.ask(request_of_it).status == status
+        linger = struct.pack("ii", 1, 0)  # close with a reset
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    wait_until(lambda: status_of(relay, "Threads") == before)
+    assert "gone unanswered" not in relay.log()

@@ -197,8 +197,9 @@ def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
     assert numbers(webex) == [1]
 
 
-def test_systemd_is_told_at_a_path_as_well(tmp_path, webex):
-    path = str(tmp_path / "notify")
+@pytest.mark.parametrize("name", ["notify", "notify@1"])
+def test_systemd_is_told_at_a_path_as_well(tmp_path, webex, name):
+    path = str(tmp_path / name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(path)
         systemd.settimeout(20)

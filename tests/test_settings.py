@@ -253,3 +253,9 @@ def test_usage_and_version():
     wrong = run({}, "preview", str(PROGRAM))
     assert wrong.returncode == 1
     assert "no JSON" in wrong.stderr
+
+
+def test_an_empty_watchdog_usec_is_none(tmp_path, webex):
+    with Relay(tmp_path, webex.url, WATCHDOG_USEC="") as relay:
+        relay.told("STATUS=All alarms are in the room")
+    assert "WATCHDOG=1" not in "".join(relay.said)

@@ -278,6 +278,21 @@ def test_every_request_of_a_failed_transaction_hears_of_it(spool):
                 answer.result(10)
 
 
+def test_a_transaction_that_sqlite_has_ended_itself_is_no_success_for_any_job_of_it(tmp_path):
+    spool = Spool(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        with faults.busy(spool, jobs=2):
+            stored = pool.submit(store, spool, "lost")
+            faults.wait_for_jobs(spool, 1)  # so that it is done first
+            ended = pool.submit(faults.ask, spool, "ROLLBACK")
+        for answer in (stored, ended):
+            with pytest.raises(Unavailable, match="the spool cannot be read or written"):
+                answer.result(10)
+    assert spool.error
+    spool.close()
+    assert rows(tmp_path, "id") == []
+
+
 def test_an_error_in_the_relay_itself_is_told_and_undone_and_the_spool_goes_on(spool, caplog):
     with ThreadPoolExecutor(2) as pool:
         with faults.busy(spool, jobs=2):

@@ -7,13 +7,16 @@ import http.client
 import os
 import re
 import shutil
+import signal
 import socket
 import socketserver
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import (
@@ -161,6 +164,55 @@ def test_a_handshake_has_a_deadline(tmp_path, webex, pair):
             assert read_all(slow)[:1] in (b"", bytes([ALERT]))
         relay.wait_for_log("127.0.0.1 is gone unanswered: ")
         assert post(relay, trusting(pair)) == 200
+
+
+def test_clients_that_reset_the_connection_before_a_handshake_hold_nobody_else(secure_relay, pair):
+    secure_relay.process.send_signal(signal.SIGSTOP)  # so that it finds all of them reset
+    for part in [b"\x16\x03\x01", b"POST / HTTP/1.1\r\n"] * 13:
+        with socket.create_connection(("127.0.0.1", secure_relay.port), 20) as client:
+            client.sendall(part)
+            linger = struct.pack("ii", 1, 0)  # close with a reset
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    secure_relay.process.send_signal(signal.SIGCONT)
+    assert post(secure_relay, trusting(pair)) == 200
+    assert "no connection can be accepted" not in secure_relay.log()
+
+
+def test_a_stop_waits_for_a_handshake_and_for_the_alarm_that_comes_with_its_end(
+    tmp_path, webex, pair
+):
+    forever = dict.fromkeys(("STOP_S", "HEADER_S"), 3600)
+    limits = {**forever, "GRACE_S": 0.05, "TICK_S": 0.05}
+    received, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting(pair).wrap_bio(received, to_send, server_hostname="localhost")
+    with (
+        Relay(tmp_path, webex.url, limits, **secured(pair)) as relay,
+        socket.create_connection(("127.0.0.1", relay.port), 20) as connection,
+    ):
+
+        def fed(work: Callable[[], Any]) -> Any:
+            """Return what a part of the client returns once it has read what it needs."""
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    return work()
+                connection.sendall(to_send.read())
+                block = connection.recv(65536)
+                assert block, "it is cut off"
+                received.write(block)
+
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.do_handshake()
+        connection.sendall(to_send.read())
+        received.write(connection.recv(65536))  # the relay is amid its part
+        relay.terminate()
+        relay.told("STOPPING=1")
+        with pytest.raises(subprocess.TimeoutExpired):
+            relay.process.wait(0.5)  # it waits for us, for many times GRACE_S
+        fed(client.do_handshake)
+        client.write(posted())
+        connection.sendall(to_send.read())
+        assert fed(lambda: client.read(13)) == b"HTTP/1.1 200 "
+        assert relay.process.wait(20) == 0
 
 
 @pytest.mark.parametrize("size", [0, 100_000])

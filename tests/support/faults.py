@@ -113,6 +113,22 @@ def slow_disk(seconds: str, flag: str) -> None:
     put(wait_while_told, Database, "commit_changes")
 
 
+def misread(flag: str) -> None:
+    """Let the next look at alarms fail as if the file were damaged, once the flag is there.
+
+    The flag is taken away: the look after that one is well.
+    """
+
+    class Misread(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> Any:
+            if "FROM alarm" in sql and os.path.exists(flag):
+                os.unlink(flag)
+                raise sqlite3.DatabaseError("database disk image is malformed")
+            return super().execute(sql, *values)
+
+    sqlite3.connect = functools.partial(sqlite3.connect, factory=Misread)
+
+
 KILLS = {
     "taken": (alarmrelay.Spool, "store", "before"),
     "stored": (Database, "commit_changes", "before"),
@@ -163,7 +179,12 @@ def busy(spool: Spool, jobs: int) -> Iterator[None]:
         has_begun.wait()
         try:
             yield
-            wait_until(lambda: spool._jobs.qsize() == jobs)
+            wait_for_jobs(spool, jobs)
         finally:
             is_over.set()
         done.result()
+
+
+def wait_for_jobs(spool: Spool, count: int) -> None:
+    """Wait until so many jobs wait for the spool's thread, which is kept busy."""
+    wait_until(lambda: spool._jobs.qsize() == count)
