@@ -2864,7 +2864,8 @@ def notify(*lines: str, descriptors: Sequence[int] = ()) -> None:
         address = "\0" + address[1:]  # an abstract one: unix(7)
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.connect(address)
-        socket.send_fds(systemd, ["\n".join(lines).encode()], descriptors)
+        message = "\n".join(lines).encode(errors="backslashreplace")  # a path may be odd
+        socket.send_fds(systemd, [message], descriptors)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -3159,8 +3160,12 @@ def serve(_: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the threads to come as well
     relay = Relay(settings)
     relay.start()
-    while not signal.sigtimedwait(signals, relay.tick_s) and not relay.spool.error:
+    is_stopping = False
+    while not is_stopping and not relay.spool.error:
         relay.tick()
+        taken = signal.sigtimedwait(signals, relay.tick_s)
+        # Once SIGCONT has ended a wait, CPython may return what is no signal at all.
+        is_stopping = taken is not None and taken.si_signo in signals
     error = relay.spool.error
     relay.stop()
     if error:

@@ -280,7 +280,6 @@ def test_an_alarm_whose_time_is_damaged_is_delivered_and_the_rest_after_it(tmp_p
     assert numbers(webex) == list(range(count))
 
 
-@pytest.mark.xfail(strict=True, reason="Backlog.oldest_ms is then a text")
 @pytest.mark.parametrize("path", ["/", "/metrics"])
 def test_page_and_metrics_answer_while_an_alarm_whose_time_is_damaged_waits(tmp_path, webex, path):
     damage_time(tmp_path, 3, number=1)  # the oldest, of which they tell the age

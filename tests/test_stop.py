@@ -112,3 +112,12 @@ def test_a_stop_lets_the_send_in_flight_end_and_begins_no_other(tmp_path, webex)
 def test_ctrl_c_stops_it_as_well(relay):
     relay.process.send_signal(signal.SIGINT)
     assert relay.process.wait(20) == 0
+
+
+def test_a_relay_that_was_suspended_goes_on(tmp_path, webex):
+    with Relay(tmp_path, webex.url, {"TICK_S": 0.01}) as relay:
+        for _ in range(40):
+            relay.process.send_signal(signal.SIGSTOP)
+            threading.Event().wait(0.02)  # longer than it waits between two looks around
+            relay.process.send_signal(signal.SIGCONT)
+        assert relay.post({"message": "after it"})[0] == 200
