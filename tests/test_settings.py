@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -259,3 +260,11 @@ def test_an_empty_watchdog_usec_is_none(tmp_path, webex):
     with Relay(tmp_path, webex.url, WATCHDOG_USEC="") as relay:
         relay.told("STATUS=All alarms are in the room")
     assert "WATCHDOG=1" not in "".join(relay.said)
+
+
+@pytest.mark.xfail(strict=True, reason="notify() raises UnicodeEncodeError")
+def test_systemd_is_told_of_a_full_disk_whose_directory_is_no_utf_8(tmp_path, webex):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    limits = {"FREE_BYTES": 2**60, "TICK_S": 0.05}
+    with Relay(tmp_path, webex.url, limits, STATE_DIRECTORY=name) as relay:
+        relay.told("STATUS=New alarms are refused: the disk is full, or under ")
