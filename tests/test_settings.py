@@ -262,7 +262,6 @@ def test_an_empty_watchdog_usec_is_none(tmp_path, webex):
     assert "WATCHDOG=1" not in "".join(relay.said)
 
 
-@pytest.mark.xfail(strict=True, reason="notify() raises UnicodeEncodeError")
 def test_systemd_is_told_of_a_full_disk_whose_directory_is_no_utf_8(tmp_path, webex):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     limits = {"FREE_BYTES": 2**60, "TICK_S": 0.05}
