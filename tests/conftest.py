@@ -86,11 +86,7 @@ def courier(spool, webex, clock, totals):
 
 
 def courier_of(
-    spool: Spool,
-    webex: WebexStandIn,
-    clock: Clock,
-    totals: Totals | None = None,
-    **changes: str,
+    spool: Spool, webex: WebexStandIn, clock: Clock, totals: Totals | None = None, **changes: str
 ) -> Courier:
     """Return the courier of the room at /, with these settings changed."""
     settings = read_settings(environment(spool.directory.parent, webex.url, **changes))

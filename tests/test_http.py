@@ -76,8 +76,7 @@ def test_the_same_bytes_again_are_a_duplicate_and_stand_in_the_room_once(
 
 
 @pytest.mark.parametrize(
-    "body",
-    [b"", b"  ", b"null", b"7", b'"text"', b"[]", b"[{}, 1]", b"{", b"a=b", b"\xff\xfe\x00"],
+    "body", [b"", b"  ", b"null", b"7", b'"text"', b"[]", b"[{}, 1]", b"{", b"a=b", b"\xff\xfe\x00"]
 )
 def test_what_is_no_alarm_gets_a_400_that_says_so(client, body):
     answer = client.ask(posted(body))

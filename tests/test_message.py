@@ -14,16 +14,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from harness import PAYLOADS, PROGRAM, RECORDED
 
-from alarmrelay import (
-    Alarm,
-    BadRequest,
-    Spool,
-    StoredAlarm,
-    cap,
-    format_digest,
-    parse_alarms,
-    show,
-)
+from alarmrelay import Alarm, BadRequest, Spool, StoredAlarm, cap, format_digest, parse_alarms, show
 
 MADRID = ZoneInfo("Europe/Madrid")
 NOON_MS = 1_700_000_000_000  # Tue Nov 14 23:13:20 2023 CET

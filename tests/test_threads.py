@@ -69,10 +69,7 @@ STORIES = {
         [down("a"), down("b"), up("c", ["a"]), up("d")],
         [None, None, 0, 1],
     ),
-    "down twice": (
-        [down("a"), down("b"), up("c"), up("d"), up("e")],
-        [None, None, 1, 0, None],
-    ),
+    "down twice": ([down("a"), down("b"), up("c"), up("d"), up("e")], [None, None, 1, 0, None]),
     "two TLOCs of one node": (
         [down("a", color="lte"), down("b", color="3g"), up("c", color="lte"), up("d", color="3g")],
         [None, None, 0, 1],

@@ -19,17 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
-    PROGRAM,
-    Relay,
-    alarm,
-    basic,
-    crowd,
-    environment,
-    posted,
-    run,
-    run_as_nobody,
-)
+from harness import PROGRAM, Relay, alarm, basic, crowd, environment, posted, run, run_as_nobody
 from webex_standin import WebexStandIn
 
 README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
@@ -234,11 +224,7 @@ def test_tls_on_the_plain_port_is_told_apart(relay):
 
 @pytest.mark.parametrize(
     ("part", "answer"),
-    [
-        (b"", b""),
-        (b"POST / HT", b"HTTP/1.1 408 "),
-        (posted(Connection="close"), b"HTTP/1.1 200 "),
-    ],
+    [(b"", b""), (b"POST / HT", b"HTTP/1.1 408 "), (posted(Connection="close"), b"HTTP/1.1 200 ")],
     ids=["idle", "late", "answered"],
 )
 def test_each_connection_ends_with_a_goodbye(tmp_path, webex, pair, part, answer):
