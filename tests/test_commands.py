@@ -9,17 +9,16 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
 from harness import PAYLOADS, PROGRAM, Relay, environment, program, run, run_as_nobody
-from test_tls import make_pair, secured, serving
-from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
+from test_tls import make_pair, secured
+from webex_standin import ROOM, TOKEN, Fault
 
-from alarmrelay import SAMPLE, SETTINGS
+from alarmrelay import SETTINGS
 
 NOBODY = "http://127.0.0.1:9/v1"  # where no Webex answers
 
@@ -70,23 +69,17 @@ def test_check_says_what_to_do_about_a_bad_token(tmp_path, webex):
     assert token.endswith("; replace bearer_token and restart")
 
 
-def test_check_says_what_to_do_about_a_room_without_the_bot(tmp_path, webex):
-    (room,) = wrong(environment(tmp_path, webex.url, room_id="of/others?#"))
-    assert room.startswith("room_id: 404 Not Found: Could not find a room ")
-    assert room.endswith("that the bot is a member of the room")
-    assert webex.requests[1]["path"] == "/v1/rooms/of%2Fothers%3F%23"
-
-
-def test_check_looks_at_every_room(tmp_path, webex):
+def test_check_looks_at_every_room_and_says_what_to_do_where_the_bot_is_not(tmp_path, webex):
     webex.rooms.add("of-ops")
-    rooms = {"room_id_ops": "of-ops", "room_id_noc": "of", "room_id_z": "of-ops"}
+    rooms = {"room_id_ops": "of-ops", "room_id_noc": "of/others?#", "room_id_z": "of-ops"}
     (room,) = wrong(environment(tmp_path, webex.url, **rooms))
-    assert room.startswith("room_id_noc: 404 Not Found: ")
+    assert room.startswith("room_id_noc: 404 Not Found: Could not find a room ")
+    assert room.endswith("that the bot is a member of the room")
+    assert "/v1/rooms/of%2Fothers%3F%23" in [request["path"] for request in webex.requests]
 
 
-@pytest.mark.parametrize("path", ["", "/v2"])
-def test_check_says_what_to_do_about_a_wrong_root_of_the_api(tmp_path, webex, path):
-    token, *_ = wrong(environment(tmp_path, webex.url.replace("/v1", path)))
+def test_check_says_what_to_do_about_a_wrong_root_of_the_api(tmp_path, webex):
+    token, *_ = wrong(environment(tmp_path, webex.url.replace("/v1", "")))
     assert token.startswith("bearer_token: 404 ")
     assert "check room_id and webex_url" in token
 
@@ -103,15 +96,6 @@ def test_check_says_what_to_do_when_something_else_answers(tmp_path, webex):
     webex.faults.append(Fault(status=200, body=b"<html>Log in</html>"))
     (token,) = wrong(environment(tmp_path, webex.url))
     assert token.endswith("no id in it; check webex_url; does a proxy answer for Webex?")
-
-
-def test_check_says_what_to_do_about_a_certificate_that_is_not_trusted(tmp_path):
-    pair = make_pair(tmp_path, "localhost")
-    with WebexStandIn(tls=serving(pair)) as webex:
-        token, _ = wrong(environment(tmp_path, webex.url))
-        assert "CERTIFICATE_VERIFY_FAILED" in token
-        assert token.endswith("if a proxy opens TLS, SSL_CERT_FILE")
-        assert wrong(environment(tmp_path, webex.url, SSL_CERT_FILE=str(pair[0]))) == []
 
 
 def test_check_shows_a_directory_whose_name_is_no_utf_8(tmp_path, webex):
@@ -137,12 +121,6 @@ def test_check_names_every_setting_that_is_wrong(tmp_path, webex):
     lines = done.stderr.splitlines()
     assert [line.split(" ERROR ")[1].split(":")[0] for line in lines] == ["room_id", "time_zone"]
     assert lines[0].endswith("found nothing: export room_id=... or set it in /etc/alarmrelay.env")
-
-
-def test_check_names_the_package_when_there_are_no_time_zones(tmp_path, webex):
-    done = run(environment(tmp_path, webex.url, PYTHONTZPATH="/nonexistent"), "check")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "install the package tzdata" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -171,9 +149,8 @@ def preview_in_a_shell(words: str, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=30)
 
 
-@pytest.mark.parametrize("arguments", [(), ("-",)])
-def test_preview_without_standard_input_is_a_clear_error(arguments):
-    done = preview_in_a_shell('"$@" <&-', *arguments)
+def test_preview_without_standard_input_is_a_clear_error():
+    done = preview_in_a_shell('"$@" <&-')
     assert (done.returncode, done.stdout) == (74, "")
     (line,) = done.stderr.splitlines()
     assert " ERROR " in line
@@ -197,14 +174,6 @@ def sent(relay: Relay, *arguments: str, **changes: str) -> subprocess.CompletedP
     return run({**relay.environ, "listen": listen, **changes}, "send", *arguments)
 
 
-def sent_to(listener: socket.socket, **changes: str | None) -> subprocess.CompletedProcess[str]:
-    """Run send for a relay at the address of this socket."""
-    host, port = listener.getsockname()
-    return run(
-        environment(Path("/nonexistent"), NOBODY, listen=f"{host}:{port}", **changes), "send"
-    )
-
-
 def test_send_posts_the_workshops_alarm_as_of_now(relay, webex):
     for _ in range(2):  # each has a uuid of its own, or the second would be a duplicate
         done = sent(relay)
@@ -222,13 +191,6 @@ def test_send_posts_the_workshops_alarm_as_of_now(relay, webex):
     assert abs((datetime.strptime(shown, "%b %d %H:%M:%S %Y") - now).total_seconds()) < 120
     uuids = re.findall(r"uuid='([0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f-]{17})'", relay.log())
     assert len(set(uuids)) == 2
-
-
-def test_the_sample_is_the_workshops():
-    sample = json.loads(SAMPLE)
-    workshop = json.loads((PAYLOADS / "system_reboot_issued.json").read_bytes())
-    assert sample
-    assert sample.items() <= workshop.items()
 
 
 def test_send_posts_a_file_as_it_is(relay, webex, tmp_path):
@@ -282,10 +244,8 @@ def test_send_says_what_to_do_about_wrong_credentials(relay):
     assert "changed" not in relay.log()
 
 
-def test_send_says_what_to_do_when_no_relay_runs():
-    with socket.socket() as bound:  # to a port at which nobody listens
-        bound.bind(("127.0.0.1", 0))
-        done = sent_to(bound)
+def test_send_says_what_to_do_when_no_relay_runs(tmp_path):
+    done = run(environment(tmp_path, NOBODY, listen="127.0.0.1:9"), "send")
     assert done.returncode == 1
     assert "Connection refused" in done.stderr
     assert "; systemctl status alarmrelay; if listen, " in done.stderr
@@ -302,26 +262,11 @@ def test_send_does_not_wait_for_ever_for_an_answer(tmp_path):
     assert "no answer within 0.5 s; systemctl status alarmrelay; if" in done.stderr
 
 
-def test_send_shows_whatever_answers_there():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-
-        def answer() -> None:
-            client, _ = other.accept()
-            with client:
-                client.recv(65536)
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff!")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        done = sent_to(other)
-        thread.join(20)
+def test_send_shows_whatever_answers_there(tmp_path, webex):
+    webex.faults.append(Fault(status=200, body=b"\xff!"))
+    address = webex.url[len("http://") : -len("/v1")]
+    done = run(environment(tmp_path, NOBODY, listen=address), "send")
     assert (done.returncode, done.stdout) == (0, "200 \ufffd!\n")
-
-
-def test_send_names_the_settings_that_are_missing(tmp_path):
-    done = run(environment(tmp_path, NOBODY, webhook_password=None), "send")
-    assert done.returncode == 78
-    assert "webhook_password: expected a password for vManage" in done.stderr
 
 
 def install(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -395,20 +340,7 @@ def test_install_again_upgrades_and_leaves_the_settings_alone(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_install_without_the_right_to_says_so(tmp_path):
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
-        path.chmod(0o755)
-    drop = ["setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", "alarmrelay.py"]
-    done = install(tmp_path / "root", *drop)
+    done = run_as_nobody(tmp_path, {}, "install", "--root", str(tmp_path / "root"))
     assert done.returncode == 74
     assert "Permission denied" in done.stderr
     assert "install needs root and systemd, or --root DIR" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("argument", "complaint"),
-    [("instal", "invalid choice: 'instal'"), ("-v", "unrecognized arguments: -v")],
-)
-def test_an_unknown_command_or_option_is_named(argument, complaint):
-    done = run({}, argument)
-    assert done.returncode == 2
-    assert complaint in done.stderr
