@@ -59,19 +59,15 @@ def parse_sample(line: str) -> tuple[str, float]:
 
 def check_steps(name: str, samples: dict[str, float]) -> None:
     """Look whether each step of a histogram holds those before it, and the last one all."""
-    series: dict[str, list[tuple[float, float]]] = {}  # by the labels but for le
-    for key, number in samples.items():
-        match = re.fullmatch(rf'{name}_bucket{{(.+),le="(.+)"}}', key)
-        if match:
-            series.setdefault(match[1], []).append((float(match[2]), number))
-    assert {f"{name}_sum{{{labels}}}" for labels in series} < samples.keys()
-    for labels, steps in series.items():
-        limits = [limit for limit, _ in steps]
-        numbers = [number for _, number in steps]
-        assert limits == sorted(set(limits))
-        assert numbers == sorted(numbers)
-        assert steps[-1] == (float("inf"), samples[f"{name}_count{{{labels}}}"])
-    assert len(samples) == len(series) * (len(limits) + 2)
+    counts = {key: number for key, number in samples.items() if key.startswith(f"{name}_count{{")}
+    for key, count in counts.items():
+        start = key.replace("_count{", "_bucket{")[:-1] + ",le="
+        steps = {step: number for step, number in samples.items() if step.startswith(start)}
+        assert list(steps) == [f'{start}"{le}"}}' for le in STEPS]
+        assert sorted(steps.values()) == list(steps.values())
+        assert list(steps.values())[-1] == count
+        assert key.replace("_count{", "_sum{") in samples
+    assert len(samples) == len(counts) * (len(STEPS) + 2)
 
 
 def metrics(relay: Relay) -> dict[str, float]:
@@ -86,9 +82,6 @@ def test_metrics_tell_how_late_alarms_are(tmp_path, webex):
     with Relay(tmp_path, webex.url) as relay:
         relay.post({"message": "x"})
         relay.told("limits the bot")
-    with Relay(tmp_path, webex.url, **later(tmp_path, 13)) as relay:
-        relay.told("limits the bot")
-        assert 13 <= metrics(relay)['oldest_waiting_seconds{room="/"}'] / 3600 < 14
     webex.fault_for = lambda _: None
     with Relay(tmp_path, webex.url, **later(tmp_path, 0.75)) as relay:
         relay.told("0 waiting, 1 delivered")
@@ -135,16 +128,11 @@ def test_every_metric_is_there_from_the_start_at_zero(tmp_path, webex):
     assert set(found.values()) == {0.0}
 
 
+ALARMS = "alarms_accepted_total", "alarms_delivered_total", "delivery_seconds_count"
 STORY = {
-    'alarms_accepted_total{room="/"}': 6,
-    'alarms_accepted_total{room="/ops"}': 12,
-    'alarms_accepted_total{room="/noc"}': 1,
-    'alarms_delivered_total{room="/"}': 6,
-    'alarms_delivered_total{room="/ops"}': 12,
-    'alarms_delivered_total{room="/noc"}': 1,
-    'delivery_seconds_count{room="/"}': 6,
-    'delivery_seconds_count{room="/ops"}': 12,
-    'delivery_seconds_count{room="/noc"}': 1,
+    **dict.fromkeys((f'{name}{{room="/"}}' for name in ALARMS), 6),
+    **dict.fromkeys((f'{name}{{room="/ops"}}' for name in ALARMS), 12),
+    **dict.fromkeys((f'{name}{{room="/noc"}}' for name in ALARMS), 1),
     'messages_delivered_total{room="/"}': 6,
     'messages_delivered_total{room="/ops"}': 1,
     'messages_delivered_total{room="/noc"}': 1,
