@@ -16,29 +16,16 @@ from conftest import START_MS, START_S, courier_of, drain, put
 from webex_standin import ROOM, TOKEN, Fault, WebexStandIn
 
 import alarmrelay
-from alarmrelay import (
-    Answer,
-    Batch,
-    Client,
-    Courier,
-    Delivered,
-    Delivery,
-    Failure,
-    Meaning,
-    Spool,
-    Unavailable,
-    judge,
-)
+from alarmrelay import Answer, Batch, Client, Courier, Delivery, Meaning, Spool, Unavailable, judge
 
 PAYLOAD = json.dumps({"roomId": ROOM, "markdown": "x"}).encode()
 NOW = START_S
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: object = None) -> Answer:
-    content = body
     if not isinstance(body, bytes):
-        content = json.dumps(body or {"message": "Words."}).encode()
-    return Answer(status, f"{status} Reason", headers or {}, content)
+        body = json.dumps(body or {"message": "Words."}).encode()
+    return Answer(status, f"{status} Reason", headers or {}, body)
 
 
 HELD = [401, 403, 404, 405, 406, 409, 410, 411, 413, 415, 418, 422, 451, 499]
@@ -65,10 +52,6 @@ def test_a_200_without_a_message_id_is_no_delivery(body):
     failed = judge(answer(200, {}, body), 0, NOW)
     assert (failed.kind, failed.wait_s) == ("failed", 1)
     assert failed.reason == "200 Reason: no id in it"
-
-
-def test_a_200_with_an_id_is_a_delivery_and_keeps_it():
-    assert judge(answer(200, {}, {"id": "Y2lz"}), 5, NOW) == Delivered("Y2lz")
 
 
 def test_failures_double_the_wait_up_to_five_minutes():
@@ -104,16 +87,11 @@ def test_retry_after_is_honoured_within_bounds(status, field, seconds):
     ],
 )
 def test_a_failure_holds_webexs_words_what_to_do_and_the_tracking_id(body, reason, tracking_id):
-    assert judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW) == Failure(
-        kind="held",
-        wait_s=60,
-        reason=reason,
-        meaning=Meaning(
-            "has no such room",
-            "check room_id and webex_url, and that the bot is a member of the room",
-        ),
-        tracking_id=tracking_id,
-    )
+    failed = judge(answer(404, {"trackingId": "HEADER_1"}, body), 0, NOW)
+    assert (failed.kind, failed.wait_s) == ("held", 60)
+    assert (failed.reason, failed.tracking_id) == (reason, tracking_id)
+    remedy = "check room_id and webex_url, and that the bot is a member of the room"
+    assert failed.meaning == Meaning("has no such room", remedy)
 
 
 def test_what_webex_says_stays_one_line_that_can_be_sent_to_systemd():
@@ -204,9 +182,8 @@ def test_a_reset_after_the_message_is_taken_repeats_it_and_loses_nothing(courier
 
 @pytest.mark.parametrize(
     ("field", "seconds"),
-    [("7", 7), (None, 15), ("junk", 15), ("-3", 1), ("99999999", 3600),
-     ("Fri, 08 Mar 2024 08:02:00 GMT", 120)],
-)  # fmt: skip
+    [("7", 7), (None, 15), ("Fri, 08 Mar 2024 08:02:00 GMT", 120)],
+)
 @pytest.mark.parametrize("status", [423, 429])
 def test_a_limit_pauses_the_room_for_as_long_as_webex_says(
     courier, spool, webex, caplog, status, field, seconds
@@ -249,28 +226,17 @@ def test_a_hold_is_tried_again_every_minute_and_logged_when_its_reason_changes(
 
 
 @pytest.mark.parametrize(
-    ("attribute", "wrong", "right", "said"),
+    ("attribute", "wrong", "said"),
     [
-        (
-            "token",
-            "another",
-            TOKEN,
-            "401 Unauthorized: The request requires a valid access token.*"
-            r"; replace bearer_token and restart \(",
-        ),
-        (
-            "rooms",
-            set(),
-            {ROOM},
-            r"404 Not Found: Could not find a room with provided ID\."
-            r"; check room_id and webex_url, and that the bot is a member of the room \(",
-        ),
+        ("token", "another", r"401 Unauthorized: The .*; replace bearer_token and restart \("),
+        ("rooms", set(), r"404 Not Found: Could not find .*; check room_id .* of the room \("),
     ],
 )
 def test_what_somebody_has_to_mend_is_told_and_then_the_queue_drains(
-    courier, spool, webex, caplog, attribute, wrong, right, said
+    courier, spool, webex, caplog, attribute, wrong, said
 ):
     store(spool, "one", "two")
+    right = getattr(webex, attribute)
     setattr(webex, attribute, wrong)
     assert courier.step() == 60.0
     assert re.search(said, errors_in(caplog)[0])
@@ -329,24 +295,13 @@ def test_a_room_that_refuses_every_form_is_asked_once_a_minute_and_keeps_the_ord
     assert len(webex.requests) == 5 * 3
     assert totals.rooms["/"].failures["refused"] == 5 * 3
     assert len(errors_in(caplog)) == 1
+    for words in ("goes again as plain text", "goes without its text"):
+        assert caplog.text.count(words) == 1
     assert spool.waiting_total == 3
     webex.fault_for = lambda _: None
     assert drain(courier) == [0.0, 0.0, 0.0]
     assert names(webex) == ["one", "two", "three"]
     assert courier.trouble is None
-
-
-def test_a_room_that_refuses_every_form_has_a_line_for_each_form_once(
-    courier, spool, webex, clock, caplog
-):
-    store(spool, "one")
-    webex.fault_for = lambda _: REFUSED
-    for _ in range(3):
-        assert courier.step() == 60.0
-        clock.now_s += 60
-    assert len(webex.requests) == 3 * 3
-    for words in ("goes again as plain text", "goes without its text"):
-        assert caplog.text.count(words) == 1
 
 
 @pytest.mark.parametrize("refusals", [1, 2])
@@ -389,47 +344,27 @@ def full_disk(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 11], ids=["a message", "a digest"])
 def test_a_delivery_is_recorded_before_the_next_message_is_sent_and_nothing_is_sent_twice(
-    full_disk, webex, clock, totals, count
+    full_disk, webex, clock, totals, monkeypatch, count
 ):
+    monkeypatch.setattr(alarmrelay, "DISK_RETRY_S", 0.01)
     courier = courier_of(full_disk, webex, clock, totals)
     store(full_disk, *(f"number {number}" for number in range(count)))
     for number in (1, 2, 3):
         with pytest.raises(Unavailable):
             courier.step()
         store(full_disk, f"later {number}")
-    assert len(webex.requests) == 1
-    full_disk.is_full = False
-    drain(courier)
+    with in_a_thread(courier):
+        for _ in range(3 + 5):  # of which the courier's loop has made five
+            assert full_disk.refusals.acquire(timeout=20)
+        assert len(webex.requests) == 1
+        full_disk.is_full = False
+        webex.wait_for(lambda: len(webex.alarms()) == count + 3)
+        courier.stop()
     said = [re.search("(number|later) [0-9]+", text)[0] for text in webex.alarms()]
     later = ["later 1", "later 2", "later 3"]
     assert said == [*(f"number {number}" for number in range(count)), *later]
     assert full_disk.waiting_total == 0
     assert totals.delivered() == count + 3
-
-
-def test_a_courier_asks_a_full_disk_again_until_it_has_space(full_disk, webex, clock, monkeypatch):
-    monkeypatch.setattr(alarmrelay, "DISK_RETRY_S", 0.01)
-    courier = courier_of(full_disk, webex, clock)
-    store(full_disk, "one", "two")
-    with in_a_thread(courier):
-        for _ in range(5):
-            assert full_disk.refusals.acquire(timeout=20)
-        assert names(webex) == ["one"]
-        full_disk.is_full = False
-        webex.wait_for(lambda: len(webex.messages) == 2)
-        courier.stop()
-    assert names(webex) == ["one", "two"]
-    assert full_disk.waiting_total == 0
-
-
-def test_a_kill_on_a_full_disk_repeats_one_message(full_disk, webex, clock):
-    store(full_disk, "one", "two")
-    for _ in range(2):
-        with pytest.raises(Unavailable):
-            courier_of(full_disk, webex, clock).step()
-    full_disk.is_full = False
-    drain(courier_of(full_disk, webex, clock))
-    assert names(webex) == ["one", "one", "one", "two"]
 
 
 # --- The client -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import faults
 import pytest
 from harness import (
     PASSWORD,
-    PROGRAM,
+    README,
     USERNAME,
     Client,
     Relay,
@@ -75,9 +75,7 @@ def test_the_same_bytes_again_are_a_duplicate_and_stand_in_the_room_once(
     assert "".join(lasting_webex.alarms()).count(text) == 2
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"  ", b"null", b"7", b'"text"', b"[]", b"[{}, 1]", b"{", b"a=b", b"\xff\xfe\x00"]
-)
+@pytest.mark.parametrize("body", [b"", b"null", b"[{}, 1]", b"a=b", b"\xff\xfe\x00"])
 def test_what_is_no_alarm_gets_a_400_that_says_so(client, body):
     answer = client.ask(posted(body))
     assert answer.status == 400
@@ -85,9 +83,7 @@ def test_what_is_no_alarm_gets_a_400_that_says_so(client, body):
     assert_usable(client)
 
 
-@pytest.mark.parametrize(
-    "content_type", ["text/plain", "multipart/form-data", "multipart/mixed; boundary=x"]
-)
+@pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/mixed; boundary=x"])
 def test_the_content_type_is_not_looked_at(client, content_type):
     assert client.ask(posted(Content_Type=content_type)).status == 200
 
@@ -171,10 +167,9 @@ def test_a_body_is_asked_for_once_all_else_is_right(client):
 
 def test_ipv6(tmp_path, lasting_webex):
     with Relay(tmp_path, lasting_webex.url, listen="[::1]:0") as relay:
-        connection = socket.create_connection(("::1", relay.port), timeout=20)
-        with connection, connection.makefile("rb") as stream:
-            connection.sendall(posted())
-            assert stream.readline().startswith(b"HTTP/1.1 200 ")
+        with socket.create_connection(("::1", relay.port), timeout=20) as client:
+            client.sendall(posted())
+            assert client.recv(13, socket.MSG_WAITALL) == b"HTTP/1.1 200 "
         relay.wait_for_log("sender=::1")
 
 
@@ -208,8 +203,7 @@ WRONG = {
 
 def banned(relay: Relay) -> list[str]:
     """Return the address in each line of the log that the README's filter for fail2ban finds."""
-    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
-    expression = re.search(r"^ *failregex = (.+)$", readme, re.MULTILINE)[1]
+    expression = re.search(r"^ *failregex = (.+)$", README, re.MULTILINE)[1]
     found = re.compile(expression.replace("<HOST>", r"(?P<host>\S+)"))
     lines = [line.split(" ", 2)[2] for line in relay.log().splitlines()]  # without the time
     return [match["host"] for match in map(found.search, lines) if match]

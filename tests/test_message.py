@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import random
 import re
@@ -51,11 +50,8 @@ def test_each_sample_gives_its_golden_message(sample):
 
 
 def test_the_samples_cover_what_vmanage_sends():
-    names = {path.stem for path in SAMPLES}
-    for component, place in itertools.product(("bfd", "control", "omp"), ("tloc", "node", "site")):
-        assert {f"{component}_{place}_down", f"{component}_{place}_up"} <= names
-    assert {"system_reboot_issued", "interface_down", "interface_up_clear"} <= names
-    assert {"cpu_usage", "certificate_expiring"} <= names
+    names = {"interface_down", "interface_up_clear", "cpu_usage", "certificate_expiring"}
+    assert names <= {path.stem for path in SAMPLES}  # beside those of test_threads and test_relay
     many = json.loads((PAYLOADS / "bfd_site_down_14_consumed_events.json").read_text())
     assert len(many["consumed_events"]) == 14
 
@@ -75,8 +71,6 @@ def test_every_key_and_value_of_a_recorded_alarm_is_shown(path):
 @pytest.mark.parametrize(
     ("receive_time", "expected"),
     [
-        (1579323421121, "Sat Jan 18 05:57:01 2020 CET"),
-        (1721900000111, "Thu Jul 25 11:33:20 2024 CEST"),
         (1711846799999, "Sun Mar 31 01:59:59 2024 CET"),  # the last moment of winter time
         (1711846800000, "Sun Mar 31 03:00:00 2024 CEST"),
         (1729990799999, "Sun Oct 27 02:59:59 2024 CEST"),  # the last moment of summer time
@@ -86,8 +80,6 @@ def test_every_key_and_value_of_a_recorded_alarm_is_shown(path):
         (-1, "Thu Jan  1 00:59:59 1970 CET"),
         (999, "Thu Jan  1 01:00:00 1970 CET"),
         (1579323421121.9, "Sat Jan 18 05:57:01 2020 CET"),
-        (4102444800000, "Fri Jan  1 01:00:00 2100 CET"),
-        (32503680000000, "Wed Jan  1 01:00:00 3000 CET"),
         (253402296000000, "Fri Dec 31 23:40:00 9999 CET"),
         (-62135000000000, "Sun Jan  7 21:31:56 0001 LMT"),
     ],
@@ -128,7 +120,6 @@ def test_the_message_is_the_same_under_any_locale_and_zone_of_the_host(language)
         ("Minor", "🟢 Minor"),
         ("Odd", "⚪ Odd"),
         (None, "⚪ null"),
-        (3, "⚪ 3"),
         (["Major"], '⚪ \\["Major"\\]'),
     ],
 )
@@ -166,7 +157,6 @@ def test_the_name_falls_back(fields, name):
         ({"values": "x", "devices": [{"a": {"b": [1, "ñ"]}}]}, [("a", '{"b": [1, "ñ"]}')]),
         ({"values_short_display": [3, {"a": True}], "values": [{"b": 1}]}, [("a", "true")]),
         ({"values": [{"a": 1}], "devices": [{"b": 1}]}, [("a", "1")]),
-        ({"devices": [{"a": 1.5}]}, [("a", "1.5")]),
         ({"values": [["a"]]}, []),
     ],
 )

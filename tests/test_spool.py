@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -66,15 +67,10 @@ def opened(directory: Path):
     spool.close()
 
 
-@pytest.mark.parametrize(
-    ("pragma", "value"),
-    [("synchronous", 2), ("journal_mode", "wal"), ("locking_mode", "exclusive")],
-)
-def test_every_commit_is_synced_and_the_file_is_the_spools_alone(spool, pragma, value):
-    assert faults.ask(spool, f"PRAGMA {pragma}") == [(value,)]
-
-
-def test_no_other_process_can_open_the_file(spool):
+def test_every_commit_is_synced_and_the_file_is_the_spools_alone(spool):
+    for pragma, value in {"synchronous": 2, "journal_mode": "wal"}.items():
+        assert faults.ask(spool, f"PRAGMA {pragma}") == [(value,)]
+    assert faults.ask(spool, "PRAGMA locking_mode") == [("exclusive",)]
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         rows(spool.directory, "id")
 
@@ -110,15 +106,6 @@ def test_jobs_that_wait_share_one_transaction(spool):
         assert all(answer.result(10) for answer in answers)
     assert statements.count("COMMIT") == 2  # that of the job which kept the thread busy, and theirs
     assert sorted(drain(spool), key=int) == [str(number) for number in range(16)]
-
-
-def test_many_threads_lose_nothing(spool):
-    with ThreadPoolExecutor(32) as pool:
-        answers = pool.map(lambda number: store(spool, str(number), f"{number} too"), range(500))
-        assert all(answers)
-    assert spool.waiting_total == 1000
-    alone = [str(number) for number in range(500)]
-    assert sorted(drain(spool)) == sorted([*alone, *(f"{message} too" for message in alone)])
 
 
 # Whether a request that came at AT_MS is a duplicate so many milliseconds later.
@@ -181,15 +168,18 @@ def test_no_question_reads_the_whole_table(spool):
     spool.days(["/"], AT_MS)
     spool.delete_delivered(AT_MS)
     questions = [text for text in statements if text.startswith(("SELECT", "UPDATE", "DELETE"))]
-    used = set()
+    plans = ""
     for question in questions:
         plan = [row[3] for row in faults.ask(spool, f"EXPLAIN QUERY PLAN {question}")]
-        assert not any(step.startswith("SCAN alarm") for step in plan), question
+        assert not any(re.match("SCAN (TABLE )?alarm", step) for step in plan), question
         if "delivered_ms IS NULL" in question:
             assert "USING INDEX waiting (room=?)" in plan[0]
             assert len(plan) == 1  # no sort
-        used.update(words.split()[0] for words in " ".join(plan).split("INDEX ")[1:])
-    assert {"waiting", "request", "uuid", "down", "delivered", "delivered_in_room"} <= used
+        plans += " ".join(plan)
+    for index in ("request (request=?", "uuid (uuid=? AND room=?)", "down (down=? AND room=?)"):
+        assert f"INDEX {index}" in plans
+    for index in ("waiting", "delivered", "delivered_in_room"):
+        assert f"INDEX {index} (" in plans
 
 
 def test_a_backlog_of_a_hundred_thousand_is_refused_and_drained(spool, monkeypatch):

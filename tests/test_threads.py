@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import sqlite3
 
 import pytest
 from conftest import courier_of, drain, put
@@ -50,22 +47,18 @@ REBOOT = alarm("System_Reboot_Issued", "r", ["o"], host_name="A")
 ODD = "\ud800\x00\U0001f600é"
 # Alarms as they come, and for each the place of the one to which it is a reply.
 STORIES = {
-    "by uuid": ([alarm("Interface", "a"), alarm("Interface", "b", ["a"])], [None, 0]),
-    "of another rule": ([alarm("OMP_State_Change", "o"), REBOOT], [None, 0]),
+    "by uuid, of another rule": ([alarm("OMP_State_Change", "o"), REBOOT], [None, 0]),
     "the newest of two uuids": (
         [alarm("Memory", "a"), alarm("OMP", "b"), alarm("CPU", "c"), alarm("X", "d", ["b", "a"])],
         [None, None, None, 1],
     ),
     "one uuid of two was never seen": ([alarm("OMP", "b"), alarm("X", "d", ["?", "b"])], [None, 0]),
     "no uuid was ever seen": ([alarm("Port", "a"), alarm("Port", "b", ["?"])], [None, None]),
-    "without uuids": ([down("a"), up("b")], [None, 0]),
     "without uuids at all": ([down(), up()], [None, 0]),
     "unknown uuids, then by values": ([down("a"), up("b", ["?"])], [None, 0]),
-    "a uuid before values": ([down("a"), down("b"), up("c", ["a"])], [None, None, 0]),
     "a flap": ([down("a"), up("b"), down("c"), up("d")], [None, 0, None, 2]),
-    "up twice": ([down("a"), up("b"), up("c")], [None, 0, None]),
     "up twice, cleared by uuid first": ([down("a"), up("b", ["a"]), up("c")], [None, 0, None]),
-    "a uuid leaves the other down": (
+    "a uuid before values leaves the other down": (
         [down("a"), down("b"), up("c", ["a"]), up("d")],
         [None, None, 0, 1],
     ),
@@ -148,14 +141,6 @@ def test_threads_survive_a_restart_and_end_with_retention(tmp_path, webex, clock
     assert parents(webex) == [None, "message-1", None]
 
 
-def test_a_clear_of_an_alarm_in_a_digest_is_a_reply_to_the_digest(courier, spool, webex):
-    put(spool, down("a"), *[alarm("X", f"x{number}") for number in range(10)])
-    drain(courier)
-    put(spool, up("b"))
-    drain(courier)
-    assert parents(webex) == [None, "message-1"]
-
-
 def test_a_clear_in_a_digest_clears_in_the_order_of_arrival(courier, spool, webex):
     put(spool, down("a"), up("b"), down("c"), *[alarm("X", f"x{number}") for number in range(10)])
     drain(courier)
@@ -232,34 +217,3 @@ def test_threads_stay_in_their_room(tmp_path, webex):
         "ops": "message-1",
         "noc": None,
     }
-
-
-def test_parents_and_duplicates_are_found_by_an_index(tmp_path, webex, clock, monkeypatch):
-    statements: list[str] = []
-    connect = sqlite3.connect
-
-    def traced(*arguments: object, **options: object) -> sqlite3.Connection:
-        db = connect(*arguments, **options)
-        db.set_trace_callback(statements.append)
-        return db
-
-    monkeypatch.setattr(sqlite3, "connect", traced)
-    spool = Spool(tmp_path / "state")
-    statements.clear()
-    put(spool, down("a"))
-    put(spool, up("b", ["a", "?"]))
-    drain(courier_of(spool, webex, clock))
-    spool.close()
-    plans = {}
-    with contextlib.closing(connect(spool.path)) as db:
-        for text in statements:
-            if text.startswith("SELECT"):
-                rows = db.execute(f"EXPLAIN QUERY PLAN {text}")
-                plans[text] = " | ".join(row[3] for row in rows)
-    assert not any(re.search(r"SCAN (TABLE )?alarm", plan) for plan in plans.values())
-    (by_uuid,) = {plan for text, plan in plans.items() if 'json_each(\'["a"' in text}
-    assert "USING INDEX uuid (uuid=? AND room=?)" in by_uuid
-    (by_outage,) = {plan for text, plan in plans.items() if " AND down = " in text}
-    assert "USING INDEX down (down=? AND room=?)" in by_outage
-    (known,) = {plan for text, plan in plans.items() if "received_ms BETWEEN" in text}
-    assert "USING INDEX request (request=?)" in known

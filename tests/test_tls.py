@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, Relay, alarm, basic, crowd, environment, posted, run, run_as_nobody
+from harness import README, Relay, alarm, basic, crowd, environment, posted, run, run_as_nobody
 from webex_standin import WebexStandIn
 
-README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
 HANDSHAKE, ALERT = 22, 21  # a TLS record's first byte
 
@@ -34,6 +33,7 @@ def pair(tmp_path_factory):
 
 
 def make_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    folder.mkdir(exist_ok=True)
     command = re.search(r"^    (openssl req (?:.*\\\n)*.*)$", README, re.MULTILINE)[1]
     assert "jumphost.example" in command
     assert "192.0.2.5" in command
@@ -250,7 +250,6 @@ def problems(directory: Path, **changes: str | None) -> list[str]:
 
 def test_a_certificate_that_cannot_be_served_is_a_settings_error(tmp_path, pair):
     certificate, key = map(str, pair)
-    (tmp_path / "other").mkdir()
     other_key = str(make_pair(tmp_path / "other", "localhost")[1])
     locked, empty = str(tmp_path / "locked.pem"), str(tmp_path / "empty.pem")
     command = ["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", key, "-out", locked]
@@ -339,7 +338,6 @@ def test_a_certificate_that_is_not_trusted_is_named_with_what_to_do(tmp_path, tl
 
 
 def test_a_certificate_for_another_name_is_named_with_what_to_do(tmp_path, pair):
-    (tmp_path / "other").mkdir()
     other = make_pair(tmp_path / "other", "other.example")
     with WebexStandIn(tls=serving(other)) as standin:
         with Relay(tmp_path, standin.url, SSL_CERT_FILE=str(other[0])) as relay:
