@@ -22,11 +22,25 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PASSWORD, PAYLOADS, PROGRAM, Client, Relay, alarm, basic, get, head, posted
+from harness import (
+    PASSWORD,
+    PAYLOADS,
+    PROGRAM,
+    RECORDED,
+    Client,
+    Relay,
+    alarm,
+    basic,
+    crowd,
+    get,
+    head,
+    posted,
+)
 from webex_standin import TOKEN, Fault, WebexStandIn
 
 from alarmrelay import Alarm, Delivery, Spool
 
+SAMPLES = sorted(PAYLOADS.glob("*.json"))
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 WORKSHOP_MESSAGE = (
     "Team, **Alarm Event** : System_Reboot_Issued, **Message** : The device rebooted, is received "
@@ -64,6 +78,19 @@ def test_it_listens_on_port_5001_of_every_address_by_default(tmp_path, webex):
         with Relay(tmp_path, webex.url, {}, listen=None) as relay:
             assert relay.post(numbered(1)) == (200, {"status": "accepted"})
             assert " listening on 0.0.0.0 port 5001; " in relay.log()
+
+
+def test_every_sample_and_every_recorded_alarm_gets_through_in_order(relay, webex):
+    paths = list(dict.fromkeys([*SAMPLES, *RECORDED]))
+    for path in paths:
+        assert relay.post(path.read_bytes()) == (200, {"status": "accepted"})
+    webex.wait_for(lambda: len(webex.alarms()) == len(paths))
+    for path, text in zip(paths, webex.alarms()):
+        golden = path.with_suffix(".md")
+        if golden.exists() and text.startswith("Team"):
+            assert text + "\n" == golden.read_text(encoding="utf-8")
+        rule = json.loads(path.read_bytes())["rule_name_display"].split("*")[0]
+        assert f"**Alarm Event** : {rule}" in text or f" **{rule}" in text
 
 
 def test_every_alarm_leaves_two_lines_in_the_log_and_no_secret(relay, webex):
@@ -140,6 +167,17 @@ def test_webex_down_is_no_reason_to_be_unhealthy(relay, webex):
     relay.post(numbered(1))
     relay.told("Webex fails (503 ")
     assert get(relay, "/healthz")[0] == 200
+
+
+def test_a_restart_tries_at_once_what_was_held(tmp_path, webex):
+    webex.rooms.clear()
+    with Relay(tmp_path, webex.url) as relay:
+        relay.post(numbered(1))
+        relay.told("Webex has no such room")
+    webex.rooms.add(relay.environ["room_id"])
+    with Relay(tmp_path, webex.url) as relay:
+        webex.wait_for(lambda: webex.messages)
+    assert numbers(webex) == [1]
 
 
 class Systemd:
@@ -294,6 +332,23 @@ def test_an_fsync_stands_before_every_answer_and_each_is_one_write(tmp_path, web
     assert order.count("B") == 0  # a body that goes by itself would wait for an acknowledgement
     for gap in order.split("A")[:20]:
         assert "S" in gap, order
+
+
+@needs_strace
+def test_posts_that_come_while_the_disk_is_slow_share_its_next_fsync(tmp_path, webex):
+    trace = tmp_path / "trace"
+    webex.fault_for = lambda _: Fault(status=401)  # so that only posts are written
+    slow = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_exit=100000"]  # microseconds
+    relay = Relay(tmp_path, webex.url)
+    relay.start("strace", "-D", "-f", "-qq", *slow, "-o", str(trace))
+    before = trace.read_text().count("fdatasync(")
+    with crowd(relay, 60) as clients:
+        for client in clients:
+            client.send(posted())
+        assert [client.answer().status for client in clients] == [200] * 60
+    assert trace.read_text().count("fdatasync(") - before < 30
+    relay.terminate()
+    assert relay.process.wait(60) == 0
 
 
 def load(relay: Relay, first: int, stop_after: int, answered: list[int]) -> None:
