@@ -1026,6 +1026,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def in_spool_thread(method: Method) -> Method:
     """Let the spool's thread do what a method of Spool does, in a transaction.
 
+    The method itself then needs no lock and no commit, and no other thread runs it.
+
     Whoever calls it waits. When it has returned, what it did is on disk; it may raise
     Unavailable.
     """
@@ -1038,7 +1040,11 @@ def in_spool_thread(method: Method) -> Method:
 
 
 class Spool:
-    """The alarms on disk, and all that can be asked of them."""
+    """The alarms on disk, and all that can be asked of them.
+
+    Its methods can be called from any thread. Those marked in_spool_thread are jobs; the
+    others look at nothing but the directory, an error and a number.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Open the file, or begin one; raise RelayError if that cannot be."""
@@ -1474,7 +1480,10 @@ class Answer:
 
 
 class Client:
-    """Asks Webex or, for the command `send`, the relay itself."""
+    """Asks Webex or, for the command `send`, the relay itself.
+
+    One is enough for all rooms: it keeps nothing of a request.
+    """
 
     def __init__(self, url: str, authorization: str, is_local: bool = False) -> None:
         """Take the root of an API, and what its requests show.
@@ -1691,7 +1700,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is in the way of a room's alarms."""
+    """What is in the way of a room's alarms.
+
+    Never changed, but replaced by another: whoever looks at it sees what belongs together.
+    """
 
     failure: Failure
     since_s: float  # epoch; when Webex began to do what it does
@@ -2326,7 +2338,10 @@ def count_places() -> int:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, each into a thread of its own, as many as there are places."""
+    """Accepts connections, each into a thread of its own, as many as there are places.
+
+    Those for which there is no place wait in the kernel, which costs nothing and loses none.
+    """
 
     def __init__(
         self,
