@@ -52,6 +52,8 @@ def environment(directory: Path, webex_url: str, **changes: str | None) -> dict[
     """Return an environment with all settings; None in the changes takes a variable out."""
     settings: dict[str, str | None] = {
         "PATH": os.environ.get("PATH", ""),
+        # -X dev is for its warnings; its checks of memory are for modules in C, and slow.
+        "PYTHONMALLOC": "default",
         "bearer_token": webex_standin.TOKEN,
         "room_id": webex_standin.ROOM,
         "webhook_username": USERNAME,
