@@ -138,8 +138,8 @@ def test_silence_is_borne_for_a_moment_only_when_places_become_few(tmp_path, web
     limits = {"CONNECTIONS": 50, "TICK_S": 0.1, "HEADER_S": 3600, "LINGER_S": 0.1}
     with Relay(tmp_path, webex.url, limits) as relay, crowd(relay, 200, start) as idle:
         assert post_from(relay, OTHER) == 200
-        # Four of its own, and some that have just given their place to another and end.
-        assert status_of(relay, "Threads") <= 50 + 4 + 5
+        # One that has just given its place to another may not have ended.
+        wait_until(lambda: status_of(relay, "Threads") <= 50 + 4)
         assert idle[0].is_left_alone()  # of the first half, which may take its time
 
 
